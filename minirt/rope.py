@@ -1,0 +1,55 @@
+"""Rotary frequencies of a model: plain, linear, YaRN (arXiv 2309.00071), with the file's frequency factors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from .config import ModelConfig
+
+YARN_FAST, YARN_SLOW = (
+    32.0,
+    1.0,
+)  # turns within the original context: pairs above keep their frequency, below scale fully
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Pair i of a head turns by pos * frequency[i] radians and is scaled by magnitude."""
+
+    frequency: np.ndarray  # float64 [rope_dim / 2]
+    magnitude: float
+    interleaved: bool  # pairs are (2i, 2i+1), else (i, i + rope_dim/2)
+
+    @property
+    def dim(self) -> int:
+        """Leading components of a head that rotate; the rest pass through."""
+        return 2 * len(self.frequency)
+
+
+def make_rope(config: ModelConfig, factors: np.ndarray | None = None) -> Rope:
+    """The model's Rope. `factors` is `rope_freqs.weight` [rope_dim/2]: each divides its frequency (Llama 3.1)."""
+    dim, scaling = config.rope_dim, config.rope_scaling
+    pair = np.arange(dim // 2, dtype=np.float64)
+    frequency = config.rope_base ** (-2.0 * pair / dim)
+    if factors is not None:
+        frequency = frequency / factors.astype(np.float64)
+    magnitude = scaling.attention_factor
+    if scaling.kind == "linear":
+        frequency = frequency / scaling.factor
+    elif scaling.kind == "yarn":
+        low = math.floor(_pair_that_turns(config, YARN_FAST))
+        high = math.ceil(_pair_that_turns(config, YARN_SLOW))
+        low, high = max(low, 0), min(high, dim - 1)
+        ramp = np.clip((pair - low) / max(0.001, high - low), 0.0, 1.0)
+        frequency = frequency * ((1.0 - ramp) + ramp / scaling.factor)
+        magnitude *= 1.0 + 0.1 * math.log(scaling.factor)
+    return Rope(frequency, magnitude, config.rope_interleaved)
+
+
+def _pair_that_turns(config: ModelConfig, times: float) -> float:
+    """Index, not rounded, of the pair that turns so many times within the original context (YaRN, section 3.2)."""
+    turns = config.rope_scaling.original_context / (times * 2.0 * math.pi)
+    return config.rope_dim * math.log(turns) / (2.0 * math.log(config.rope_base))

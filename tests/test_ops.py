@@ -1,0 +1,247 @@
+"""Every op of every device against the NumPy reference, over odd shapes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from test_dequantize import random_tensor
+
+from kernels_cpu import CpuOps
+from kernels_cpu import ops as cpu_ops
+from minirt.gguf_file import TENSOR_TYPES
+from minirt.ops import KV
+from minirt.reference import ReferenceOps, silu
+from minirt.rope import Rope
+from minirt.stores import STORES
+
+TRUTH = ReferenceOps()
+HEADS = [(1, 1, 64), (6, 2, 64), (3, 3, 80), (8, 2, 80), (8, 1, 128), (4, 4, 128), (3, 1, 8)]  # H_q, H_kv, d
+
+
+@pytest.fixture(scope="module", params=["cpu"])
+def ops(request: pytest.FixtureRequest) -> Any:
+    return {"cpu": lambda: CpuOps(threads=2)}[request.param]()
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.RandomState(seed).standard_normal(shape).astype(np.float32)
+
+
+def assert_close(ours: np.ndarray, truth: np.ndarray, error: float = 1e-6) -> None:
+    """Normalised error, and every element finite."""
+    assert ours.shape == truth.shape
+    assert np.isfinite(ours).all()
+    assert np.linalg.norm((ours - truth).astype(np.float64)) <= error * np.linalg.norm(truth.astype(np.float64))
+
+
+# -- rows --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", TENSOR_TYPES)
+@pytest.mark.parametrize("n", [1, 3, 4, 5, 33])
+def test_linear_of_every_type(ops: Any, name: str, n: int) -> None:
+    tensor = random_tensor(name, 37, 512)
+    ours, truth = ops.matrix(tensor), TRUTH.matrix(tensor)
+    assert ours.shape == truth.shape == (37, 512)
+    assert ours.nbytes == tensor.data.nbytes
+    x, norm, bias = normal(n, 512), normal(512, seed=1), normal(37, seed=2)
+
+    def run(device: Any, m: Any) -> list[np.ndarray]:
+        grown = normal(n, 37, seed=3)
+        device.add_linear(grown, x, m)
+        linear = device.norm_linear(x, norm, 1e-5, (m, m), (bias, None))
+        return [device.to_host(a) for a in (grown, *linear, device.gated(x, norm, 1e-5, m, m))]
+
+    for o, t in zip(run(ops, ours), run(TRUTH, truth), strict=True):
+        assert_close(o, t, 3e-6)
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("columns", [1, 15, 16, 17, 72])
+def test_rows_that_are_not_whole_vectors(ops: Any, name: str, columns: int) -> None:
+    tensor = random_tensor(name, 5, columns)
+    x = normal(2, columns)
+    ours = ops.norm_linear(x, np.ones(columns, np.float32), 1e-5, (ops.matrix(tensor),), (None,))[0]
+    truth = TRUTH.norm_linear(x, np.ones(columns, np.float32), 1e-5, (TRUTH.matrix(tensor),), (None,))[0]
+    assert_close(ours, truth)
+    rows = np.arange(5, dtype=np.int32)
+    assert np.array_equal(ops.embed(ops.matrix(tensor), rows), TRUTH.embed(TRUTH.matrix(tensor), rows))
+
+
+@pytest.mark.parametrize("name", TENSOR_TYPES)
+def test_decoding_is_exact(ops: Any, name: str) -> None:
+    tensor = random_tensor(name, 37, 512, seed=5)
+    rows = np.arange(37, dtype=np.int32)
+    assert np.array_equal(ops.embed(ops.matrix(tensor), rows), TRUTH.embed(TRUTH.matrix(tensor), rows))
+
+
+def test_a_weight_larger_than_a_panel(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_ops, "PANEL_BYTES", 4 * 256 * 7)
+    tensor, x = random_tensor("Q4_0", 37, 256), normal(9, 256)
+    ours, truth = np.zeros((9, 37), np.float32), np.zeros((9, 37), np.float32)
+    ops.add_linear(ours, x, ops.matrix(tensor))
+    TRUTH.add_linear(truth, x, TRUTH.matrix(tensor))
+    assert_close(ours, truth)
+
+
+def test_extreme_activations(ops: Any) -> None:
+    """exp neither overflows nor loses a gate; a zero row keeps its epsilon."""
+    tensor = random_tensor("F32", 4, 64)
+    x = np.stack([normal(64) * 1e4, np.zeros(64, np.float32), normal(64) * 1e-20])
+    big = np.full(64, 300.0, np.float32)
+    ours = ops.gated(x, big, 1e-5, ops.matrix(tensor), ops.matrix(tensor))
+    truth = TRUTH.gated(x, big, 1e-5, TRUTH.matrix(tensor), TRUTH.matrix(tensor))
+    assert_close(ours, truth)
+    assert silu(np.float32([-1000.0])) == 0.0
+
+
+@pytest.mark.parametrize(("heads", "d"), [(1, 64), (3, 80), (8, 128)])
+@pytest.mark.parametrize("n", [1, 5])
+def test_norm_heads(ops: Any, n: int, heads: int, d: int) -> None:
+    ours, norm = normal(n, heads, d), normal(d, seed=1)
+    truth = ours.copy()
+    ops.norm_heads(ours, norm, 1e-6)
+    TRUTH.norm_heads(truth, norm, 1e-6)
+    assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize(("d", "dim"), [(64, 64), (80, 80), (128, 128), (64, 32), (80, 20), (8, 2)])
+def test_rotate(ops: Any, d: int, dim: int, interleaved: bool) -> None:
+    rope = Rope(10000.0 ** (-np.arange(dim // 2) / (dim // 2)), 1.1, interleaved)
+    pos = np.array([0, 1, 77, 100_000], np.int32)
+    ours = normal(4, 3, d)
+    truth = ours.copy()
+    ops.rotate(ours, ops.angles(rope, pos), rope)
+    TRUTH.rotate(truth, TRUTH.angles(rope, pos), rope)
+    assert_close(ours, truth)
+    assert np.array_equal(ours[..., dim:], normal(4, 3, d)[..., dim:])
+
+
+def test_rotation_by_hand() -> None:
+    """A quarter turn takes (1, 0) to (0, 1), in either pairing."""
+    for interleaved, x in ((True, [1, 0, 3, 0]), (False, [1, 3, 0, 0])):
+        turned = np.array(x, np.float32).reshape(1, 1, 4)
+        rope = Rope(np.array([np.pi / 2, np.pi / 2]), 2.0, interleaved)
+        TRUTH.rotate(turned, TRUTH.angles(rope, np.array([1])), rope)
+        expected = [0, 2, 0, 6] if interleaved else [0, 0, 2, 6]
+        assert np.allclose(turned[0, 0], expected, atol=1e-6)
+
+
+# -- cache -------------------------------------------------------------------------------------------------------------
+
+
+def filled(device: Any, store: str, n_seq: int, n_head_kv: int, slots: int, d: int) -> KV:
+    kv = KV(*(device.allocate(STORES[store], (n_seq, n_head_kv, slots, d)) for _ in range(2)))
+    for seq in range(n_seq):
+        k, v = (normal(slots, n_head_kv, d, seed=10 * seq + i) for i in range(2))
+        order = np.random.RandomState(seq).permutation(slots).astype(np.int32)
+        device.append(kv, np.full(slots, seq, np.int32), order, k[order], v[order])
+    return kv
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize(("n_head", "n_head_kv", "d"), HEADS)
+@pytest.mark.parametrize("slots", [1, 2, 63, 64, 65, 600])
+def test_attend(ops: Any, store: str, n_head: int, n_head_kv: int, d: int, slots: int) -> None:
+    first = np.array([0, slots // 3, slots], np.int32)  # all, some, none
+    stop = np.array([slots, slots - slots // 4, slots], np.int32)
+    q = normal(3, n_head, d, seed=99) * 3
+    ours = ops.to_host(ops.attend(q, filled(ops, store, 3, n_head_kv, slots, d), first, stop))
+    truth = TRUTH.attend(q, filled(TRUTH, store, 3, n_head_kv, slots, d), first, stop)
+    assert_close(ours, truth)
+    assert not ours[2].any()
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize(("n_head", "n_head_kv", "d"), HEADS)
+@pytest.mark.parametrize(
+    ("start", "n", "window"), [(0, 1, 0), (0, 33, 0), (40, 33, 0), (40, 33, 7), (0, 50, 16), (70, 1, 70), (5, 20, 1)]
+)
+def test_attend_chunk(
+    ops: Any, store: str, n_head: int, n_head_kv: int, d: int, start: int, n: int, window: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(cpu_ops, "KEY_TILE", 16)
+    q = normal(n, n_head, d, seed=99) * 3
+    ours = ops.to_host(ops.attend_chunk(q, filled(ops, store, 2, n_head_kv, 80, d), 1, start, window))
+    truth = TRUTH.attend_chunk(q, filled(TRUTH, store, 2, n_head_kv, 80, d), 1, start, window)
+    assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("window", [0, 9])
+def test_a_chunk_is_its_steps(window: int) -> None:
+    """Row t of a chunk sees what a decode step at its slot would see."""
+    kv, q = filled(TRUTH, "f32", 1, 2, 40, 64), normal(12, 6, 64, seed=3)
+    chunk = TRUTH.attend_chunk(q, kv, 0, 28, window)
+    for t in range(12):
+        stop = np.array([29 + t], np.int32)
+        step = TRUTH.attend(q[t : t + 1], kv, np.maximum(stop - window, 0) if window else 0 * stop, stop)
+        assert_close(chunk[t], step[0])
+
+
+def test_attention_by_hand() -> None:
+    """Two keys scored ln 3 and 0 share the weight 3 : 1."""
+    kv = KV(*(TRUTH.allocate(STORES["f32"], (1, 1, 2, 1)) for _ in range(2)))
+    k, v = np.float32([[[np.log(3.0)]], [[0.0]]]), np.float32([[[8.0]], [[4.0]]])
+    TRUTH.append(kv, np.zeros(2, np.int32), np.arange(2, dtype=np.int32), k, v)
+    out = TRUTH.attend(np.ones((1, 1, 1), np.float32), kv, np.array([0]), np.array([2]))
+    assert np.isclose(out[0, 0, 0], 0.75 * 8 + 0.25 * 4)
+
+
+def test_large_scores_do_not_overflow(ops: Any) -> None:
+    kv = KV(*(ops.allocate(STORES["f32"], (1, 1, 3, 64)) for _ in range(2)))
+    k = np.float32([1e4, -1e4, 0.0])[:, None, None] * np.ones((3, 1, 64), np.float32)
+    ops.append(kv, np.zeros(3, np.int32), np.arange(3, dtype=np.int32), k, normal(3, 1, 64))
+    out = ops.attend(np.full((1, 1, 64), 1e4, np.float32), kv, np.array([0], np.int32), np.array([3], np.int32))
+    assert_close(out[0, 0], normal(3, 1, 64)[0, 0])
+
+
+# -- the seam refuses what a kernel must not see -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [CpuOps(threads=1), TRUTH], ids=["cpu", "reference"])
+def test_what_does_not_fit_is_refused(device: Any) -> None:
+    m = device.matrix(random_tensor("Q4_0", 8, 64))
+    kv = filled(device, "f16", 2, 2, 10, 64)
+    one, q = np.array([1], np.int32), normal(2, 4, 64)
+    k = normal(1, 2, 64)
+    bad = [
+        lambda: device.embed(m, np.array([8], np.int32)),
+        lambda: device.embed(m, np.array([-1], np.int32)),
+        lambda: device.norm_linear(normal(1, 63), normal(63), 1e-5, (m,), (None,)),
+        lambda: device.norm_linear(normal(1, 64), normal(63), 1e-5, (m,), (None,)),
+        lambda: device.add_linear(normal(1, 8), normal(1, 65), m),
+        lambda: device.append(kv, one, np.array([10], np.int32), k, k),
+        lambda: device.append(kv, one, np.array([-1], np.int32), k, k),
+        lambda: device.append(kv, np.array([2], np.int32), one, k, k),
+        lambda: device.append(kv, one, one, normal(1, 3, 64), k),
+        lambda: device.append(kv, one, one, k, normal(1, 2, 32)),
+        lambda: device.attend(q, kv, np.zeros(2, np.int32), np.array([3, 11], np.int32)),
+        lambda: device.attend(q, kv, np.array([-1, 0], np.int32), np.array([3, 3], np.int32)),
+        lambda: device.attend(q, kv, np.zeros(1, np.int32), np.ones(1, np.int32)),
+        lambda: device.attend(normal(2, 3, 64), kv, np.zeros(2, np.int32), np.ones(2, np.int32)),
+        lambda: device.attend(normal(2, 4, 32), kv, np.zeros(2, np.int32), np.ones(2, np.int32)),
+        lambda: device.attend_chunk(q, kv, 0, 9, 0),
+        lambda: device.attend_chunk(q, kv, 2, 0, 0),
+        lambda: device.attend_chunk(q, kv, 0, -1, 0),
+        lambda: device.attend_chunk(normal(2, 3, 64), kv, 0, 0, 0),
+    ]  # fmt: skip
+    for call in bad:
+        with pytest.raises(ValueError, match=r"."):
+            call()
+
+
+def test_results_do_not_depend_on_threads() -> None:
+    tensor, x, q = random_tensor("Q4_1", 53, 256), normal(1, 256), normal(1, 6, 64)
+    stop = np.array([900], np.int32)
+    outs = []
+    for threads in (1, 2, 2):
+        ops = CpuOps(threads)
+        kv = filled(ops, "f16", 1, 2, 1000, 64)
+        outs.append((ops.gated(x, normal(256), 1e-5, *[ops.matrix(tensor)] * 2), ops.attend(q, kv, 0 * stop, stop)))
+    for a, b in zip(outs[0], outs[1], strict=True):
+        assert np.array_equal(a, b)
+    for a, b in zip(outs[1], outs[2], strict=True):
+        assert np.array_equal(a, b)
