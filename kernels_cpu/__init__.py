@@ -1,0 +1,5 @@
+"""Ops in Numba: kernels compiled for this CPU on first use, then kept on disk."""
+
+from .ops import CpuOps
+
+__all__ = ["CpuOps"]

@@ -1,0 +1,46 @@
+"""From a device's name to the Ops that compute there. Only `minirt.llama` asks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .errors import ModelError, UsageError
+from .ops import Ops
+
+DEVICES = ("auto", "cpu", "gpu", "reference")
+
+
+def open_ops(device: str, threads: int | None) -> Ops:
+    """The Ops of a device: auto is the CPU. Raises UsageError on an unknown name or an impossible thread count."""
+    if device not in DEVICES:
+        raise UsageError(f"unknown device '{device}' (one of: {', '.join(DEVICES)})")
+    if device == "gpu":
+        raise ModelError("--device gpu: this version computes on the CPU only; use --device cpu")
+    n_cpu = usable_cpus()
+    if threads is not None and not 1 <= threads <= n_cpu:
+        raise UsageError(f"--threads {threads} is out of range (1 to {n_cpu}, the CPUs this process may use)")
+    threads = threads or physical_cores()
+    if device == "reference":
+        from .reference import ReferenceOps
+
+        return ReferenceOps()
+    from kernels_cpu import CpuOps
+
+    return CpuOps(threads)
+
+
+def usable_cpus() -> int:
+    """CPUs this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def physical_cores() -> int:
+    """Usable CPUs, a core with two hardware threads counted once: a second one adds no memory bandwidth."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.exists() else str(cpu))
+    return len(cores)
