@@ -1,5 +1,6 @@
 """Ops in Numba: kernels compiled for this CPU on first use, then kept on disk."""
 
+from .compiled import on_compile
 from .ops import CpuOps
 
-__all__ = ["CpuOps"]
+__all__ = ["CpuOps", "on_compile"]

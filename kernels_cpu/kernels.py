@@ -12,12 +12,8 @@ from llvmlite import ir
 from numba import njit, prange, types
 from numba.extending import intrinsic
 
+from .compiled import parallel, serial
 from .rows import add_row, decode_row, dot_row
-
-# Sums may be reordered into vector lanes; infinities and NaN keep their meaning.
-_FASTMATH = {"reassoc", "contract", "nsz"}
-_serial = njit(cache=True, nogil=True, fastmath=_FASTMATH, error_model="numpy")
-_parallel = njit(cache=True, nogil=True, fastmath=_FASTMATH, error_model="numpy", parallel=True)
 
 TILE = 64  # cached rows scored before their values are added
 
@@ -51,7 +47,7 @@ def exp(x):  # type: ignore[no-untyped-def]
     return y * _bits_float(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
 
 
-@_parallel
+@parallel
 def multiply_rows(w, x, out, parts):  # type: ignore[no-untyped-def]
     """out [N, rows] = x [N, n_in] @ w.T for a few rows of x: a weight row is read once for all of them."""
     rows = w.shape[0]
@@ -61,7 +57,7 @@ def multiply_rows(w, x, out, parts):  # type: ignore[no-untyped-def]
                 out[i, r] = dot_row(w, r, x, i)
 
 
-@_parallel
+@parallel
 def decode_rows(w, out, parts):  # type: ignore[no-untyped-def]
     """out [rows, n_in] = w as float32."""
     rows = w.shape[0]
@@ -70,14 +66,14 @@ def decode_rows(w, out, parts):  # type: ignore[no-untyped-def]
             decode_row(w, r, out, r)
 
 
-@_serial
+@serial
 def gather_rows(w, tokens, out):  # type: ignore[no-untyped-def]
     """out [N, n_in] = rows `tokens` of w as float32."""
     for i in range(len(tokens)):
         decode_row(w, tokens[i], out, i)
 
 
-@_parallel
+@parallel
 def rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
     """out [N, n] = x / sqrt(mean(x^2) + eps) * weight."""
     rows, n = x.shape
@@ -90,7 +86,7 @@ def rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
             out[i, j] = x[i, j] * scale * weight[j]
 
 
-@_parallel
+@parallel
 def silu_times(gate, up):  # type: ignore[no-untyped-def]
     """gate [N, n_ff] = silu(gate) * up, in place."""
     rows, n = gate.shape
@@ -100,9 +96,9 @@ def silu_times(gate, up):  # type: ignore[no-untyped-def]
             gate[i, j] = g / (np.float32(1.0) + exp(-g)) * up[i, j]
 
 
-@_serial
+@serial
 def rotate(x, cos, sin, stride, partner):  # type: ignore[no-untyped-def]
-    """Turns pair i of each head of x [N, H, d], components i * stride and i * stride + partner, by cos, sin [N, pairs]."""
+    """Turns components i * stride and i * stride + partner of each head of x [N, H, d] by cos, sin [N, pairs]."""
     rows, heads, _ = x.shape
     for n in range(rows):
         for h in range(heads):
@@ -112,7 +108,7 @@ def rotate(x, cos, sin, stride, partner):  # type: ignore[no-untyped-def]
                 x[n, h, i * stride + partner] = a * sin[n, i] + b * cos[n, i]
 
 
-@_parallel
+@parallel
 def attend(q, k, v, first, stop, scale, parts, out):  # type: ignore[no-untyped-def]
     """One decode step over k, v [B, H_kv, slots, blocks]; q and out [B, H_q, d].
 
@@ -169,7 +165,7 @@ def attend(q, k, v, first, stop, scale, parts, out):  # type: ignore[no-untyped-
                     out[b, h, j] /= mass
 
 
-@_parallel
+@parallel
 def softmax_tile(scores, largest, total, sums, group, start, tile, window):  # type: ignore[no-untyped-def]
     """A tile of prefill scores [T * group, width] becomes unnormalised probabilities, in place.
 

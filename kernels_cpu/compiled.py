@@ -1,0 +1,75 @@
+"""How kernels are compiled: for this CPU, on first use, kept in the user's cache folder.
+
+Numba's own cache looks only at the file a kernel stands in, but a kernel is made of intrinsics from several. So each
+state of this package's sources has a folder of its own; Numba keys what is inside by CPU, features and its version.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# Idle threads of GNU OpenMP spin for milliseconds by default and take the cores from BLAS, or from other programs.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+import numba
+from numba.core import event
+
+# Sums may be reordered into vector lanes; infinities and NaN keep their meaning.
+_OPTIONS = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
+
+
+def _cache_folder() -> str | None:
+    """A folder for compiled kernels that can be written, or None."""
+    digest = hashlib.sha256()
+    for source in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(source.read_bytes())
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    folder = Path(numba.config.CACHE_DIR or os.path.join(home, "minirt")) / f"kernels-{digest.hexdigest()[:16]}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return str(folder)
+    except OSError:
+        return None
+
+
+_FOLDER = _cache_folder()
+
+
+def _compiled(function: Callable[..., Any], **options: Any) -> Any:
+    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _FOLDER or numba.config.CACHE_DIR
+    try:
+        return numba.njit(cache=_FOLDER is not None, **_OPTIONS, **options)(function)
+    finally:
+        numba.config.CACHE_DIR = before  # the setting is the whole process's, not ours to keep
+
+
+def serial(function: Callable[..., Any]) -> Any:
+    """Compiles a kernel that runs on the calling thread."""
+    return _compiled(function)
+
+
+def parallel(function: Callable[..., Any]) -> Any:
+    """Compiles a kernel whose `prange` loops run on all threads."""
+    return _compiled(function, parallel=True)
+
+
+class _Listener(event.Listener):
+    def __init__(self, callback: Callable[[str], None]):
+        self.callback = callback
+
+    def on_start(self, event: Any) -> None:
+        self.callback(event.data["dispatcher"].py_func.__name__)
+
+    def on_end(self, event: Any) -> None:
+        pass
+
+
+def on_compile(callback: Callable[[str], None]) -> None:
+    """Calls back with a kernel's name whenever one has to be compiled; those found on disk make no call."""
+    event.register("numba:compile", _Listener(callback))
