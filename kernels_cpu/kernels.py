@@ -58,6 +58,17 @@ def multiply_rows(w, x, out, parts):  # type: ignore[no-untyped-def]
 
 
 @parallel
+def gated_rows(gate, up, x, out, parts):  # type: ignore[no-untyped-def]
+    """out [N, rows] = silu(x @ gate.T) * (x @ up.T) for a few rows of x."""
+    rows = gate.shape[0]
+    for part in prange(parts):
+        for r in range(rows * part // parts, rows * (part + 1) // parts):
+            for i in range(x.shape[0]):
+                g = dot_row(gate, r, x, i)
+                out[i, r] = g / (np.float32(1.0) + exp(-g)) * dot_row(up, r, x, i)
+
+
+@parallel
 def decode_rows(w, out, parts):  # type: ignore[no-untyped-def]
     """out [rows, n_in] = w as float32."""
     rows = w.shape[0]
@@ -73,11 +84,11 @@ def gather_rows(w, tokens, out):  # type: ignore[no-untyped-def]
         decode_row(w, tokens[i], out, i)
 
 
-@parallel
+@serial
 def rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
     """out [N, n] = x / sqrt(mean(x^2) + eps) * weight."""
     rows, n = x.shape
-    for i in prange(rows):
+    for i in range(rows):
         total = np.float32(0.0)
         for j in range(n):
             total += x[i, j] * x[i, j]

@@ -83,6 +83,11 @@ class CpuOps:
 
     def gated(self, x: np.ndarray, norm: np.ndarray, eps: float, gate: BlockMatrix, up: BlockMatrix) -> np.ndarray:
         h = _rms_norm(x, norm, eps)
+        if len(x) <= FEW_ROWS:
+            _check(gate.shape == up.shape and gate.shape[1] == x.shape[1], "activations", x.shape, gate.shape)
+            out = np.empty((len(x), gate.shape[0]), np.float32)
+            kernels.gated_rows(gate.blocks, up.blocks, h, out, self._parts)
+            return out
         out = self._multiply(h, gate)
         kernels.silu_times(out, self._multiply(h, up))
         return out

@@ -22,14 +22,8 @@ from .rope import Rope
 from .stores import Store
 
 Array = Any  # the device's array: numpy.ndarray, cupy.ndarray
+Matrix = Any  # the device's weight [n_out, n_in], in its own layout, with .shape and .nbytes, the bytes of reading it
 IntArray = np.ndarray  # host, int32
-
-
-class Matrix(Protocol):
-    """A weight [n_out, n_in] in the device's own layout."""
-
-    shape: tuple[int, int]
-    nbytes: int  # bytes a decode step reads for it
 
 
 class KV(NamedTuple):

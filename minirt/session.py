@@ -1,0 +1,104 @@
+"""A session: one text in the cache. Feeding a text that begins as the last one did only computes what is new."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .cache import Cache
+from .decoder import Decoder
+from .errors import ModelError
+from .sampling import Sampler
+
+PREFILL_CHUNK = 512  # tokens: large enough for matrix products to run at full speed, small enough to show progress
+
+Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
+
+
+@dataclass
+class Timings:
+    """What one answer cost."""
+
+    prompt_tokens: int = 0  # computed, that is without what the cache already held
+    prompt_seconds: float = 0.0
+    tokens: int = 0  # decode steps
+    seconds: float = 0.0
+    bytes_read: int = 0  # weights and cache that the decode steps had to read
+
+
+class Session:
+    """The tokens whose keys and values are in the cache, and how to go on from them."""
+
+    def __init__(self, decoder: Decoder, cache: Cache, n_ctx: int, weight_bytes: int):
+        self.decoder, self.cache, self.n_ctx = decoder, cache, n_ctx
+        self.weight_bytes = weight_bytes  # read by each decode step
+        self.tokens: list[int] = []
+        self.timings = Timings()
+
+    def feed(self, tokens: Sequence[int], progress: Progress | None = None) -> np.ndarray:
+        """Makes the cache hold exactly `tokens`; returns float32 logits [n_vocab] after the last one.
+
+        Raises ModelError if there are none or more than the context holds; the session is then unchanged.
+        """
+        if not len(tokens):
+            raise ModelError("the prompt is empty")
+        if len(tokens) > self.n_ctx:
+            raise ModelError(f"the prompt has {len(tokens)} tokens, the context holds {self.n_ctx} (see --ctx)")
+        begun = time.perf_counter()
+        kept = self._rewind(min(_common_prefix(self.tokens, tokens), len(tokens) - 1))
+        logits = None
+        for start in range(kept, len(tokens), PREFILL_CHUNK):
+            chunk = tokens[start : start + PREFILL_CHUNK]
+            last = start + len(chunk) == len(tokens)
+            logits = self.decoder.prefill(self.cache, chunk, logits="last" if last else "none")
+            self.tokens.extend(chunk)
+            if progress is not None:
+                progress(start + len(chunk) - kept, len(tokens) - kept)
+        self.timings = Timings(len(tokens) - kept, time.perf_counter() - begun)
+        assert logits is not None
+        return logits
+
+    def step(self, token: int) -> np.ndarray:
+        """Appends one token and returns the float32 logits [n_vocab] after it."""
+        begun = time.perf_counter()
+        self._rewind(len(self.tokens))
+        logits = self.decoder.decode(self.cache, [token])[0]
+        self.tokens.append(token)
+        config, policy = self.decoder.config, self.decoder.policy
+        self.timings.tokens += 1
+        self.timings.bytes_read += self.weight_bytes + policy.bytes_read(config, self.cache.plan, len(self.tokens))
+        self.timings.seconds += time.perf_counter() - begun
+        return logits
+
+    def generate(self, logits: np.ndarray, sampler: Sampler, max_tokens: int) -> Iterator[int]:
+        """Yields up to max_tokens sampled ids, stopping when the context is full.
+
+        A token is in the cache only once the next one is asked for, so the last one costs nothing.
+        """
+        recent = list(self.tokens)
+        for i in range(max_tokens):
+            token = sampler(logits, recent)
+            recent.append(token)
+            yield token
+            if i + 1 == max_tokens or len(self.tokens) == self.n_ctx:
+                return
+            logits = self.step(token)
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._rewind(0)
+
+    def _rewind(self, n: int) -> int:
+        """Keeps the first n tokens at most. Also heals a cache that an interrupt left ahead of `tokens`."""
+        kept = self.decoder.policy.rewind(self.cache, 0, n)
+        del self.tokens[kept:]
+        return kept
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    n = min(len(a), len(b))
+    different = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
+    return int(different[0]) if len(different) else n
