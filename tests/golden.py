@@ -81,6 +81,10 @@ MODELS: dict[str, dict[str, Any]] = {
         f"llama-{type.lower()}": _llama(4, 2, 64, 128, type=type, tied=type in ("Q4_0", "Q8_0"))
         for type in ("F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
     },
+    **{
+        f"llama-{type.lower()}": _llama(4, 2, 64, 256, n_ff=256, type=type, tied=type == "Q6_K")
+        for type in ("Q4_K", "Q5_K", "Q6_K")
+    },
 }
 for _i, _model in enumerate(MODELS.values()):
     _model["seed"] = 1000 + _i  # append new models at the end: a seed belongs to a place

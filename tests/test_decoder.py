@@ -82,16 +82,14 @@ def test_greedy_continuations(smollm2_on: Llama) -> None:
     for answer in golden.smollm2()[0]:
         tokens = smollm2_on.tokenize(answer.text, parse_special=answer.parse_special)
         assert tokens == list(answer.prompt)
-        logits = smollm2_on.session.feed(tokens)
-        for token, runner_up, margin in zip(answer.tokens, answer.runners_up, answer.margins, strict=True):
-            ours = int(logits.argmax())
-            if margin > 0.05:
-                assert ours == token
-                compared += 1
-            else:
-                assert ours in (token, runner_up)
-            logits = smollm2_on.session.step(int(token))
-    assert compared > 700
+        if smollm2_on.decoder.ops.name == "reference":  # too slow to go step by step
+            logits = smollm2_on.logits([*tokens, *answer.tokens[:-1]])[len(tokens) - 1 :]
+        else:
+            logits = [smollm2_on.session.feed(tokens), *map(smollm2_on.session.step, answer.tokens[:-1])]
+        for ours, token, other, margin in zip(logits, answer.tokens, answer.runners_up, answer.margins, strict=True):
+            assert ours.argmax() in ((token,) if margin > 0.02 else (token, other))
+            compared += margin > 0.02
+    assert compared > 740
 
 
 def test_distributions_on_text(smollm2_on: Llama) -> None:

@@ -273,7 +273,7 @@ def _random_k_blocks(
     scales = {"Q4_K": {0: 1.0, 2: 7.5}, "Q5_K": {0: 1.0, 2: 15.5}, "Q6_K": {208: 1.0}}[qtype.name]
     for factor in (1.0, None):
         if factor is None:
-            factor = std / float(gguf.dequantize(blocks[:256], qtype).std())
+            factor = std / float(gguf.dequantize(blocks[:256], qtype).std(dtype=np.float64))
         for offset, ratio in scales.items():
             blocks[:, offset : offset + 2] = np.array([ratio * factor], np.float16).view(np.uint8)
     return blocks.reshape(shape[0], -1)
