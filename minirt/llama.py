@@ -86,7 +86,8 @@ class Llama:
         tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
         if tokenizer.n_vocab != config.n_vocab:
             raise ModelError(f"{file.path}: {tokenizer.n_vocab} tokens, but embeddings for {config.n_vocab}")
-        template = load_template(chat_template, file.metadata)
+        template = load_template(chat_template, file.metadata, str(file.path))
+        template.warm()
         weights = load_weights(file, config, ops, progress)
         decoder = Decoder(config, weights, ops, chosen)
         session = Session(decoder, allocate_cache(plan, config, ops), n_ctx, bytes_per_token(weights))
@@ -149,10 +150,7 @@ class Llama:
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a conversation, ready for the assistant's turn, by the model's chat template."""
         text = self.template.render([dict(m) for m in messages], add_generation_prompt=True)
-        # Most templates write the BOS themselves; two of them hurt.
-        bos = self.tokenizer.token_text(self.tokenizer.bos_id) if self.tokenizer.bos_id is not None else ""
-        add_bos = False if bos and text.startswith(bos) else None
-        return self.tokenizer.encode(text, add_bos=add_bos, parse_special=True)
+        return self.tokenizer.encode_chat(text)
 
     def chat(
         self,
