@@ -1,0 +1,164 @@
+"""`minirt chat`: a conversation, on a terminal or through a pipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from ..errors import ModelError, UsageError
+from ..progress import Progress
+from .answering import show_answer
+from .chat_commands import execute
+from .conversation import Conversation
+from .lines import open_lines, read_message
+from .options import Engine, answer_options, engine_options, model_argument, sampling_options, stats_option
+from .terminal import argument_text, read_file, say, stdin_is_terminal
+
+if TYPE_CHECKING:
+    from ..answer import Answer
+    from ..llama import Llama
+    from ..sampling import Sampling
+
+MAX_SYSTEM = 1 << 20  # bytes
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  minirt chat
+  minirt chat model.gguf --system "Answer like a pirate." --temp 0.5
+  printf 'Name a colour.\\nAnother one.\\n' | minirt chat --no-stats
+"""
+)
+@model_argument
+@click.option("--system", metavar="TEXT", help="The system prompt.")
+@click.option("--system-file", metavar="FILE", help="Read the system prompt from a file.")
+@answer_options(-1, "At most N tokens an answer.", "-1, until the model ends")
+@sampling_options
+@engine_options()
+@click.option("--show-template", is_flag=True, help="Print the chat template and exit.")
+@stats_option
+def chat(
+    model: str | None,
+    system: str | None,
+    system_file: str | None,
+    max_tokens: int | None,
+    stop: tuple[str, ...],
+    sampling: Sampling,
+    engine: Engine,
+    show_template: bool,
+    stats: bool,
+) -> int:
+    """Talks with a model. /help lists the commands, Ctrl-C stops an answer, Ctrl-D leaves.
+
+    Without a terminal each line of standard input is a message, and only the answers go to standard output.
+    """
+    if system is not None and system_file is not None:
+        raise UsageError("--system and --system-file cannot be used together")
+    if show_template:
+        click.echo(engine.template_source(model))
+        return 0
+    text = argument_text(system or "", "--system")
+    if system_file is not None:
+        text = read_file(system_file, MAX_SYSTEM).decode(errors="replace").rstrip("\n")
+    with engine.load(model) as llama:
+        return Chat(llama, Conversation(llama, text), sampling, max_tokens, stop, stats).loop()
+
+
+class Chat:
+    """The loop, and what its commands may change."""
+
+    def __init__(
+        self,
+        llama: Llama,
+        conversation: Conversation,
+        sampling: Sampling,
+        max_tokens: int | None,
+        stop: tuple[str, ...],
+        stats: bool,
+    ):
+        self.llama, self.conversation = llama, conversation
+        self.sampling, self.max_tokens, self.stop, self.stats = sampling, max_tokens, stop, stats
+        self.interactive = stdin_is_terminal()
+        self.last: Answer | None = None
+        self.n_answers = 0
+        self.file: Path | None = None  # saved to or loaded from
+
+    def loop(self) -> int:
+        """Reads and answers messages to the end of the input; returns the exit code."""
+        lines = open_lines()
+        interrupts, failed = 0, False
+        if self.interactive:
+            say(f"{self.llama.config.name}, {self.llama.n_ctx} tokens of context. /help for commands, Ctrl-D leaves.")
+        try:
+            while True:
+                try:
+                    message, may_command = read_message(lines)
+                    interrupts = 0
+                    failed |= not self.handle(message, may_command)
+                except KeyboardInterrupt:
+                    interrupts += 1
+                    if not self.interactive or interrupts == 2:
+                        raise
+                    say("\n(Ctrl-C again, /exit or Ctrl-D leaves)")
+        except EOFError:
+            return 1 if failed and not self.interactive else 0
+        finally:
+            lines.close()
+
+    def handle(self, message: str, may_command: bool) -> bool:
+        """A command or a message to answer; False if it should have worked and did not (an answer, a file)."""
+        try:
+            if may_command and message.startswith("/"):
+                execute(self, message)
+            elif message.strip():
+                self.ask(message)
+        except (ModelError, UsageError) as e:
+            say(f"minirt: {e}")
+            return isinstance(e, UsageError)
+        return True
+
+    def ask(self, text: str) -> None:
+        """Answers a message. One that gets no answer is not part of the conversation."""
+        self.conversation.add("user", text)
+        try:
+            self.respond()
+        finally:
+            self.conversation.drop("user")
+
+    def respond(self) -> None:
+        """The assistant's turn. Ctrl-C stops the answer; what there is of it stays."""
+        self.last = None
+        try:
+            prompt = self._prompt()
+            with Progress("reading the conversation", " tokens") as progress:
+                self.last = self.llama.stream(
+                    prompt, max_tokens=self.max_tokens, sampling=self._sampling(), stop=self.stop, progress=progress
+                )
+                show_answer(self.llama, self.last, progress, self.stats)
+        except KeyboardInterrupt:
+            if not self.interactive:
+                raise
+            if self.last is None or not self.last.text:
+                say("\n(stopped before the answer began: the message is not part of the conversation)")
+                return
+        self.conversation.answered(prompt, self.last.text, self.last.tokens)
+
+    def _prompt(self) -> list[int]:
+        prompt = self.conversation.prompt()
+        if len(prompt) > self.llama.n_ctx:
+            raise ModelError(
+                f"the context is full: the conversation takes {len(prompt)} tokens, the context holds "
+                f"{self.llama.n_ctx}; /clear starts anew, --ctx makes it larger"
+            )
+        return prompt
+
+    def _sampling(self) -> Sampling:
+        """The same session gives the same text, and /regen another one: each answer has a seed of its own."""
+        self.n_answers += 1
+        if self.sampling.seed is None:
+            return self.sampling
+        return dataclasses.replace(self.sampling, seed=(self.sampling.seed + self.n_answers - 1) % 2**64)

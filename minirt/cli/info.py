@@ -1,0 +1,151 @@
+"""`minirt info`: what is in a model file, and what it needs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .options import json_option, model_argument
+from .terminal import printable
+
+if TYPE_CHECKING:
+    from ..config import ModelConfig
+    from ..gguf_file import GGUFFile
+    from ..tokenizer import Tokenizer
+
+CONTEXTS = (2048, 8192, 32768)  # rows of the memory table, besides the context the model was trained for
+MAX_CONTEXT = 1 << 30
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  minirt info
+  minirt info model.gguf --ctx 32768
+  minirt info model.gguf --json | jq .model.n_layer
+"""
+)
+@model_argument
+@click.option(
+    "--ctx", "-c", "n_ctx", type=click.IntRange(1, MAX_CONTEXT), metavar="N", help="Add N to the memory table."
+)
+@click.option("--show-template", is_flag=True, help="Print the chat template and nothing else.")
+@json_option
+def info(model: str | None, n_ctx: int | None, show_template: bool, as_json: bool) -> None:
+    """Shows hyper-parameters, tensor types, tokenizer and chat template of a model, and the memory it needs.
+
+    The file is checked as it is for use, but no weights are read. One that holds only a vocabulary will do.
+    """
+    from ..config import ModelConfig
+    from ..gguf_file import GGUFFile
+    from ..llama import default_model_path
+    from ..tokenizer import Tokenizer
+    from ..weights import check_tensors
+
+    with GGUFFile.open(model if model is not None else default_model_path()) as file:
+        if show_template:
+            click.echo(printable(_template(file) or ""))
+            return
+        config = None
+        if file.tensors:
+            config = ModelConfig.from_gguf(file)
+            check_tensors(file, config)
+        facts = _facts(file, config, Tokenizer.from_metadata(file.metadata, str(file.path)), n_ctx)
+    if as_json:
+        click.echo(json.dumps(facts, indent=1))
+    else:
+        click.echo(printable(_text(facts)))
+
+
+def _facts(file: GGUFFile, config: ModelConfig | None, tokenizer: Tokenizer, n_ctx: int | None) -> dict[str, Any]:
+    types: dict[str, dict[str, int]] = {}
+    for tensor in file.tensors.values():
+        entry = types.setdefault(tensor.type.name, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += tensor.data.nbytes
+    ids = {name: getattr(tokenizer, f"{name}_id") for name in ("bos", "eos", "eot", "eom", "unk", "pad")}
+    special = {name: {"id": i, "text": tokenizer.token_text(i)} for name, i in ids.items() if i is not None}
+    return {
+        "file": str(file.path),
+        "file_bytes": file.path.stat().st_size,
+        "gguf_version": file.version,
+        "model": dataclasses.asdict(config) if config else None,
+        "weight_bytes": sum(entry["bytes"] for entry in types.values()),
+        "tensor_types": types,
+        "tokenizer": {
+            "kind": tokenizer.kind,
+            "pre": tokenizer.pre,
+            "n_vocab": tokenizer.n_vocab,
+            "special": special,
+            "end_of_generation": sorted(tokenizer.eog_ids),
+            "add_bos": tokenizer.add_bos,
+            "add_eos": tokenizer.add_eos,
+        },
+        "chat_template": _template(file),
+        "memory": _memory(config, n_ctx) if config else [],
+    }
+
+
+def _memory(config: ModelConfig, n_ctx: int | None) -> list[dict[str, int]]:
+    """Bytes of a full KV cache, by context length and store."""
+    from ..policies import make_policy
+    from ..stores import STORES
+
+    policy = make_policy("dense", config)
+    lengths = {n for n in CONTEXTS if n < config.n_ctx_train} | {config.n_ctx_train} | ({n_ctx} if n_ctx else set())
+    return [
+        {"n_ctx": n} | {name: policy.plan(config, n, store, store).nbytes(config) for name, store in STORES.items()}
+        for n in sorted(lengths)
+    ]
+
+
+def _template(file: GGUFFile) -> str | None:
+    return file.get_str("tokenizer.chat_template", None)
+
+
+def _text(facts: dict[str, Any]) -> str:
+    model, tokenizer = facts["model"], facts["tokenizer"]
+    name = model["name"] if model else "a vocabulary without weights"
+    lines = [f"{facts['file']}: {name}", f"  GGUF version {facts['gguf_version']}, {_size(facts['file_bytes'])}", ""]
+    if model:
+        scaling = model["rope_scaling"]
+        lines += [
+            f"{model['architecture']}, trained for {model['n_ctx_train']} tokens",
+            f"  layers           {model['n_layer']}",
+            f"  embedding        {model['n_embd']}, feed-forward {model['n_ff']}, vocabulary {model['n_vocab']}",
+            f"  heads            {model['n_head']} of {model['head_dim']}, {model['n_head_kv']} for keys and values",
+            f"  RMS epsilon      {model['rms_eps']:g}",
+            f"  RoPE             base {model['rope_base']:g}, {model['rope_dim']} dimensions, scaling {scaling['kind']}"
+            + (f" x {scaling['factor']:g}" if scaling["kind"] != "none" else ""),
+        ]
+        if model["sliding_window"]:
+            lines.append(f"  sliding window   {model['sliding_window']}")
+        lines += ["", f"weights, {_size(facts['weight_bytes'])}"]
+        for kind, entry in sorted(facts["tensor_types"].items(), key=lambda item: -item[1]["bytes"]):
+            lines.append(f"  {kind:16} {entry['tensors']:4d} tensors, {_size(entry['bytes'])}")
+        lines.append("")
+    kind = {"spm": "SentencePiece", "bpe": "byte-level BPE"}[tokenizer["kind"]]
+    lines.append(f"tokenizer, {kind}{tokenizer['pre'] and ', pre ' + tokenizer['pre']}, {tokenizer['n_vocab']} tokens")
+    for role, token in tokenizer["special"].items():
+        lines.append(f"  {role:16} {token['id']} {token['text']!r}")
+    lines.append(f"  ends an answer   {' '.join(map(str, tokenizer['end_of_generation']))}")
+    added = [name for name in ("bos", "eos") if tokenizer[f"add_{name}"]]
+    lines.append(f"  added to a text  {' and '.join(added) or 'nothing'}")
+    template = facts["chat_template"]
+    shown = "none in the file" if template is None else template.strip().partition("\n")[0][:70] + " ..."
+    lines += ["", "chat template", f"  {shown}"]
+    if facts["memory"]:
+        stores = [name for name in facts["memory"][0] if name != "n_ctx"]
+        lines += ["", "memory of the KV cache, in all (with the weights)"]
+        lines.append("  context  " + "".join(f"{'--kv ' + name:>24}" for name in stores))
+        for row in facts["memory"]:
+            cells = (f"{_size(row[s])} ({_size(row[s] + facts['weight_bytes'])})" for s in stores)
+            lines.append(f"  {row['n_ctx']:7d}  " + "".join(f"{cell:>24}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _size(n: int) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB"

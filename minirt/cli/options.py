@@ -1,0 +1,160 @@
+"""Options that several commands share, and what becomes of them: an Engine that loads the model, a Sampling."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ..progress import Progress
+from .terminal import argument_text, say
+
+if TYPE_CHECKING:
+    from ..llama import Llama
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+model_argument = click.argument("model", required=False)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+stats_option = click.option(
+    "--stats/--no-stats", default=True, help="Speed and memory, a line on stderr.  [default: on]"
+)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How to compute: what `Llama.load` takes besides the file."""
+
+    policy: str
+    kv: str
+    device: str
+    threads: int | None
+    n_ctx: int
+    chat_template: str | None = None
+
+    def template_source(self, model: str | None) -> str:
+        """The chat template that would be used; nothing but the file's tables is read."""
+        from ..chat_template import load_template
+        from ..gguf_file import GGUFFile
+        from ..llama import default_model_path
+
+        with GGUFFile.open(model if model is not None else default_model_path()) as file:
+            return load_template(self.chat_template, file.metadata).source
+
+    def load(self, model: str | None) -> Llama:
+        """The model, ready, with a progress line."""
+        with Progress("loading the model", " tensors") as progress:
+            from ..llama import Llama
+
+            llama = Llama.load(
+                model,
+                n_ctx=self.n_ctx,
+                policy=self.policy,
+                kv=self.kv,
+                device=self.device,
+                threads=self.threads,
+                chat_template=self.chat_template,
+                progress=progress,
+            )
+        if llama.n_ctx > llama.config.n_ctx_train:
+            trained = llama.config.n_ctx_train
+            say(f"minirt: --ctx {llama.n_ctx} is more than the {trained} tokens the model was trained for")
+        return llama
+
+
+def engine_options(n_ctx: int = 0, templates: bool = True) -> Callable[[Command], Callable[..., Any]]:
+    """Adds --policy, --kv, --device, --threads, --ctx and --chat-template; the command takes them as `engine`."""
+    ctx_default = str(n_ctx) if n_ctx else "the model's, at most 8192"
+    options = [
+        _option("--policy", str, "dense", "Which cached tokens are kept and read.", metavar="NAME"),
+        _option("--kv", str, "f16", "How keys and values are stored: f16 or f32.", metavar="TYPE"),
+        _option("--device", str, "auto", "auto, cpu, gpu, or reference (NumPy: slow, exact).", metavar="NAME"),
+        _option("--threads -t", int, None, "CPU threads.", "physical cores"),
+        _option("--ctx -c n_ctx", int, n_ctx, "Context length in tokens.", ctx_default, callback=_context),
+    ]
+    if templates:
+        options.append(
+            _option("--chat-template", str, None, "A Jinja template, not the file's own.", metavar="FILE|TEXT")
+        )
+    return _gather("engine", options, Engine)
+
+
+def sampling_options(command: Command) -> Callable[..., Any]:
+    """Adds the sampling flags; the command takes them as `sampling`."""
+    options = [
+        _option("--temp --temperature temperature", float, 0.8, "Randomness; 0: always the most likely token."),
+        _option("--top-k", int, 40, "Choose among the N most likely; 0: all."),
+        _option("--top-p", float, 0.95, "... the most likely with this probability together; 1: all."),
+        _option("--min-p", float, 0.05, "... those with this share of the best one's probability; 0: all."),
+        _option("--repeat-penalty", float, 1.0, "Divides the logits of recent tokens; 1: off."),
+        _option("--repeat-last-n", int, 64, "How many tokens are recent."),
+        _option("--seed -s", int, -1, "Same seed, same text.", "-1, a new one each time"),
+    ]
+
+    def make(seed: int, **values: Any) -> Any:
+        from ..sampling import Sampling
+
+        return Sampling(seed=None if seed == -1 else seed, **values)
+
+    return _gather("sampling", options, make)(command)
+
+
+def answer_options(n: int, n_help: str, n_default: str) -> Callable[[Command], Callable[..., Any]]:
+    """Adds -n and --stop, as `max_tokens` (None: no limit) and `stop`."""
+
+    def add(command: Command) -> Callable[..., Any]:
+        stop_help = "End the answer before this text; may be repeated."
+        stop = click.option("--stop", "-r", multiple=True, metavar="TEXT", callback=_stop, help=stop_help)
+        return _option("-n max_tokens", int, n, n_help, n_default, callback=positive_or_all)(stop(command))
+
+    return add
+
+
+def _option(names: str, kind: type, default: Any, text: str, shown: str = "", **more: Any) -> Callable[..., Any]:
+    """A click option whose help ends with its default."""
+    shown = shown or ("" if default is None else str(default))
+    text += f"  [default: {shown}]" if shown else ""
+    more.setdefault("metavar", {int: "N", float: "X", str: "TEXT"}[kind])
+    return click.option(*names.split(), type=kind, default=default, help=text, **more)
+
+
+def _gather(name: str, options: list[Callable], make: Callable[..., Any]) -> Callable[[Command], Callable[..., Any]]:
+    """A decorator that adds options and hands them to the command as one value, `name` = make(**options)."""
+
+    def add(command: Command) -> Callable[..., Any]:
+        own: set[str] = set()
+
+        @functools.wraps(command)
+        def gathered(**values: Any) -> Any:
+            return command(**{name: make(**{key: values.pop(key) for key in own})}, **values)
+
+        for option in reversed(options):
+            option(gathered)
+            own.add(gathered.__click_params__[-1].name)  # type: ignore[attr-defined]
+        return gathered
+
+    return add
+
+
+def _context(ctx: click.Context, option: click.Parameter, value: int) -> int:
+    if value < 0:
+        raise click.BadParameter(f"{value} is out of range (0 for the model's own, or the number of tokens).")
+    return value
+
+
+def positive_or_all(ctx: click.Context, option: click.Parameter, value: int) -> int | None:
+    """Checks a count: 1 or more, or -1 for no limit, which becomes None."""
+    if value == -1:
+        return None
+    if value < 1:
+        raise click.BadParameter(f"{value} is out of range (1 or more, or -1 for no limit).")
+    return value
+
+
+def _stop(ctx: click.Context, option: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    if "" in value:
+        raise click.BadParameter("a stop string is empty.")
+    return tuple(argument_text(text, "--stop") for text in value)

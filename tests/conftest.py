@@ -1,0 +1,106 @@
+"""Models and ways to run minirt that several tests share."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from make_gguf import tiny_model
+
+from minirt.errors import ModelError
+
+Cli = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a byte-level BPE vocabulary: 268 tokens, context 256."""
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny.gguf")
+
+
+@pytest.fixture(scope="session")
+def tiny_spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with a SentencePiece vocabulary that adds BOS."""
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny-spm.gguf", tokenizer="llama")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct; the test is skipped where it is not installed."""
+    from minirt.llama import default_model_path
+
+    try:
+        return default_model_path()
+    except ModelError as e:
+        pytest.skip(str(e))
+
+
+@pytest.fixture
+def cli() -> Cli:
+    """cli("run", model, "-p", ..., input=b"...") in this process: .exit_code, .stdout, .stderr."""
+
+    def invoke(*args: object, input: bytes | str | None = None) -> Result:
+        from minirt.cli import main
+
+        return CliRunner().invoke(main, [str(a) for a in args], input=input, prog_name="minirt")
+
+    return invoke
+
+
+def minirt(*args: object, shell: str = "", **options: object) -> subprocess.CompletedProcess[bytes]:
+    """`python -m minirt ARGS` in a process of its own, or `... ARGS SHELL` with a pipe or a redirection in bash."""
+    command = [sys.executable, "-m", "minirt", *(str(a) for a in args)]
+    options = {"stdin": subprocess.DEVNULL, "timeout": 120, "capture_output": True, "env": quiet_env(), **options}
+    if not shell:
+        return subprocess.run(command, **options)  # type: ignore[call-overload, no-any-return]
+    return subprocess.run(["bash", "-c", f'"$@" {shell}', "bash", *command], **options)  # type: ignore[call-overload, no-any-return]
+
+
+def quiet_env() -> dict[str, str]:
+    return {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def only_line(text: str | bytes) -> str:
+    """The one line on stderr; fails if there are more, or a traceback."""
+    if isinstance(text, bytes):
+        text = text.decode()
+    lines = text.splitlines()
+    assert len(lines) == 1, text
+    assert lines[0].startswith("minirt: "), text
+    return lines[0]
+
+
+@pytest.fixture(scope="session")
+def slow_tiny(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A command like `minirt`, but its default model is tiny, never ends an answer, and takes 50 ms for a token."""
+    model = tiny_model(tmp_path_factory.mktemp("slow") / "slow.gguf")
+    return [sys.executable, "-c", SLOW.format(model=str(model))]
+
+
+SLOW = """
+import time
+import numpy as np
+import minirt.llama
+from minirt.cli import main
+from minirt.session import Session
+
+feed, step = Session.feed, Session.step
+
+def without_end(logits):
+    logits[[0, 1, 2, 3]] = -np.inf
+    return logits
+
+def slow_step(self, token):
+    time.sleep(0.05)
+    return without_end(step(self, token))
+
+minirt.llama.default_model_path = lambda: {model!r}
+Session.feed = lambda self, tokens, progress=None: without_end(feed(self, tokens, progress))
+Session.step = slow_step
+main(prog_name="minirt")
+"""

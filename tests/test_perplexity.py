@@ -1,0 +1,251 @@
+"""Perplexity and divergence: the windows, the scoring and the base files of llama-perplexity."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Cli, minirt, only_line
+
+from minirt import Llama, ModelError
+from minirt.perplexity import (
+    BaseFile,
+    Divergence,
+    Perplexity,
+    base_size,
+    cut_windows,
+    encode_log_probs,
+    row_codes,
+    window_logits,
+    write_header,
+)
+
+VERSES = Path(__file__).parent / "data" / "verses.txt"
+N_VOCAB = 268  # of the tiny model
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_spm: Path) -> Iterator[Llama]:
+    with Llama.load(tiny_spm, device="reference", kv="f32", n_ctx=32) as model:
+        yield model
+
+
+def test_windows_are_whole_and_at_least_two() -> None:
+    assert cut_windows(range(70), 32).tolist() == [list(range(32)), list(range(32, 64))]
+    assert cut_windows(range(128), 32, 3).shape == (3, 32)
+    with pytest.raises(ModelError, match="at least 64 tokens, has 63"):
+        cut_windows(range(63), 32)
+
+
+def test_the_second_half_of_a_window_is_scored_after_bos(llama: Llama) -> None:
+    window = np.arange(100, 132)
+    expected = llama.logits([llama.tokenizer.bos_id, *range(101, 132)])  # type: ignore[list-item]
+    parts = list(window_logits(llama, window))
+    np.testing.assert_allclose(np.concatenate([p[0] for p in parts]), expected[16:31], atol=1e-5)
+    assert np.concatenate([p[1] for p in parts]).tolist() == list(range(117, 132))
+
+
+def test_a_file_without_bos_keeps_the_first_token(tiny: Path) -> None:
+    with Llama.load(tiny, device="reference", kv="f32", n_ctx=33) as llama:
+        expected = llama.logits(range(100, 133))
+        found = np.concatenate([p[0] for p in window_logits(llama, np.arange(100, 133))])
+        np.testing.assert_allclose(found, expected[16:32], atol=1e-5)
+
+
+def test_perplexity_and_its_error_by_hand() -> None:
+    running = Perplexity()
+    running.add(np.log(np.array([[0.5, 0.25, 0.25], [0.1, 0.2, 0.7]], np.float32)) + 3, np.array([0, 1]))
+    running.add(np.log(np.array([[0.25, 0.5, 0.25]], np.float32)), np.array([2]))
+    nll = -np.log([0.5, 0.2, 0.25])
+    assert running.value == pytest.approx(math.exp(nll.mean()), rel=1e-6)
+    assert running.error == pytest.approx(math.exp(nll.mean()) * math.sqrt(nll.var() / 2), rel=1e-5)
+
+
+def llama_cpp_row(logits: np.ndarray) -> bytes:
+    """One scored position of a base file, written out element by element as llama.cpp does, in float32."""
+    f = np.float32
+    top = max(logits)
+    low = max(min(logits), f(top - f(16)))
+    log_sum = f(math.log(sum(float(np.exp(f(x - top))) for x in logits)))
+    scale = f((top - low) / f(65535))
+    codes = (
+        [int(np.rint(f(f(1) / scale) * f(x - low))) if x > low else 0 for x in logits] if scale else [0] * len(logits)
+    )
+    return (
+        struct.pack("<ff", scale, f(f(low - top) - log_sum))
+        + struct.pack(f"<{len(codes)}H", *codes)
+        + b"\0\0" * (len(codes) % 2)
+    )
+
+
+@pytest.mark.parametrize("n_vocab", [6, 7])
+def test_rows_are_encoded_as_llama_cpp_does(n_vocab: int) -> None:
+    logits = (np.random.default_rng(n_vocab).standard_normal((20, n_vocab)) * 9).astype(np.float32)
+    logits[3] = 1.5  # all the same: scale 0
+    rows = encode_log_probs(logits)
+    assert rows.shape == (20, row_codes(n_vocab))
+    assert rows.tobytes() == b"".join(map(llama_cpp_row, logits))
+
+
+def base_file(path: Path, logits: np.ndarray, windows: np.ndarray) -> Path:
+    with path.open("wb") as file:
+        write_header(file, windows, logits.shape[-1])
+        file.write(encode_log_probs(logits).tobytes())
+    return path
+
+
+def test_divergence_by_hand(tmp_path: Path) -> None:
+    p = np.array([[0.7, 0.2, 0.1], [0.3, 0.3, 0.4]])
+    q = np.array([[0.6, 0.3, 0.1], [0.5, 0.3, 0.2]])
+    path = base_file(tmp_path / "base", np.log(p).astype(np.float32) - 2, np.zeros((1, 6), np.int32))
+    divergence = Divergence()
+    base = BaseFile(path)
+    divergence.add(np.log(q).astype(np.float32) + 5, np.array([0, 2]), base.read(2))
+    base.close()
+    s = divergence.statistics()
+    kld = (p * np.log(p / q)).sum(axis=1)
+    assert s["kld"] == pytest.approx(kld.mean(), abs=1e-4)
+    assert s["kld_max"] == pytest.approx(kld.max(), abs=1e-4)
+    assert s["same_top"] == 0.5
+    assert s["ppl"] == pytest.approx((0.6 * 0.2) ** -0.5, rel=1e-4)
+    assert s["ppl_base"] == pytest.approx((0.7 * 0.4) ** -0.5, rel=1e-4)
+    assert s["ppl_ratio"] == pytest.approx(s["ppl"] / s["ppl_base"], rel=1e-6)
+    assert s["delta_p"] == pytest.approx((-0.1 - 0.2) / 2, abs=1e-4)
+    assert s["delta_p_rms"] == pytest.approx(math.sqrt((0.1**2 + 0.2**2) / 2), abs=1e-4)
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+FLAGS = ("-c", 64, "--device", "reference", "--kv", "f32")
+
+
+def test_running_and_final_figures(cli: Cli, tiny: Path) -> None:
+    result = cli("perplexity", tiny, "-f", VERSES, *FLAGS, "--chunks", 3)
+    assert result.exit_code == 0, result.stderr
+    running, final = result.stdout.splitlines()
+    first = [part.split("]")[0] for part in running.split(",") if part]
+    assert first == ["[1", "[2", "[3"]
+    assert final.startswith("Final estimate: PPL = ")
+    assert " +/- " in final
+    facts = json.loads(cli("perplexity", tiny, "-f", VERSES, *FLAGS, "--chunks", 3, "--json").stdout)
+    assert f"{facts['ppl']:.4f}" in final
+    assert (facts["n_chunk"], facts["n_ctx"], facts["n_scored"]) == (3, 64, 3 * 31)
+
+
+def test_a_model_does_not_diverge_from_itself_but_from_another(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    from make_gguf import tiny_model
+
+    base = tmp_path / "base.kld"
+    saved = cli("perplexity", tiny, "-f", VERSES, *FLAGS, "--chunks", 4, "--kld", base)
+    assert saved.exit_code == 0, saved.stderr
+    assert base.stat().st_size == base_size(64, N_VOCAB, 4)
+    assert not list(tmp_path.glob("*.part"))
+    same = json.loads(cli("perplexity", tiny, "--kld", base, "--device", "reference", "--kv", "f32", "--json").stdout)
+    assert abs(same["kld"]) < 1e-6
+    assert same["same_top"] == 1.0
+    assert same["ppl_ratio"] == pytest.approx(1.0, abs=1e-4)
+    assert same["n_scored"] == 4 * 31
+    other = tiny_model(tmp_path / "other.gguf", seed=1)
+    far = cli("perplexity", other, "-f", VERSES, *FLAGS, "--kld", base, "--chunks", 2)
+    assert far.exit_code == 0, far.stderr
+    assert "Mean    KLD:" in far.stdout
+    assert float(far.stdout.split("Mean    KLD:")[1].split()[0]) > 0.1
+
+
+def test_the_first_base_is_complete_or_not_there(tiny: Path, tmp_path: Path) -> None:
+    result = minirt("perplexity", tiny, "-f", VERSES, *FLAGS, "--kld", tmp_path / "no" / "base.kld")
+    assert result.returncode == 1
+    assert "no" in only_line(result.stderr)
+
+
+def _edit(at: int, data: bytes) -> Callable[[bytes], bytes]:
+    return lambda raw: raw[:at] + data + raw[at + len(data) :]
+
+
+DAMAGE: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "empty": (lambda raw: b"", "does not begin with"),
+    "magic": (_edit(0, b"_logitz_"), "does not begin with"),
+    "header only": (lambda raw: raw[:20], "its header says"),
+    "cut": (lambda raw: raw[:-7], "its header says"),
+    "longer": (lambda raw: raw + b"x", "its header says"),
+    "n_ctx 0": (_edit(8, struct.pack("<i", 0)), "impossible header"),
+    "n_ctx negative": (_edit(8, struct.pack("<i", -64)), "impossible header"),
+    "n_ctx huge": (_edit(8, struct.pack("<i", 2**31 - 1)), "impossible header"),
+    "n_vocab huge": (_edit(12, struct.pack("<i", 2**31 - 1)), "its header says"),
+    "n_vocab negative": (_edit(12, struct.pack("<i", -1)), "impossible header"),
+    "n_chunk 0": (_edit(16, struct.pack("<i", 0)), "impossible header"),
+    "n_chunk huge": (_edit(16, struct.pack("<i", 2**31 - 1)), "impossible header"),
+    "token too large": (_edit(20, struct.pack("<i", N_VOCAB)), "token id"),
+    "token negative": (_edit(24, struct.pack("<i", -1)), "token id"),
+    "scale NaN": (_edit(20 + 2 * 64 * 4, struct.pack("<f", math.nan)), "no probabilities"),
+    "scale negative": (_edit(20 + 2 * 64 * 4, struct.pack("<f", -1.0)), "no probabilities"),
+    "scale infinite": (_edit(20 + 2 * 64 * 4, struct.pack("<f", math.inf)), "no probabilities"),
+    "probability over 1": (_edit(24 + 2 * 64 * 4, struct.pack("<f", 100.0)), "no probabilities"),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> bytes:
+    logits = np.random.default_rng(0).standard_normal((2 * 31, N_VOCAB)).astype(np.float32)
+    windows = np.arange(128, dtype=np.int32).reshape(2, 64)
+    return base_file(tmp_path_factory.mktemp("base") / "base.kld", logits, windows).read_bytes()
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_base_file_is_one_line(cli: Cli, tiny: Path, tmp_path: Path, base: bytes, name: str) -> None:
+    damage, message = DAMAGE[name]
+    path = tmp_path / "base.kld"
+    path.write_bytes(damage(base))
+    result = cli("perplexity", tiny, "--kld", path, "--device", "reference")
+    assert result.exit_code == 1
+    line = only_line(result.stderr)
+    assert message in line
+    assert str(path) in line
+
+
+def test_a_base_that_does_not_fit(cli: Cli, tiny: Path, tiny_spm: Path, tmp_path: Path, base: bytes) -> None:
+    path = tmp_path / "base.kld"
+    path.write_bytes(base)
+    result = cli("perplexity", tiny_spm, "--kld", path, "--device", "reference")
+    assert (result.exit_code, "268 tokens" in only_line(result.stderr)) == (1, True)
+    result = cli("perplexity", tiny, "--kld", path, "-c", 128, "--device", "reference")
+    assert (result.exit_code, "windows of 64" in only_line(result.stderr)) == (2, True)
+    result = cli("perplexity", tiny, "--kld", path, "-f", VERSES, "--device", "reference")
+    assert (result.exit_code, "another text" in only_line(result.stderr)) == (1, True)
+
+
+@pytest.mark.parametrize(
+    ("flags", "code", "message"),
+    [
+        ((), 2, "no text"),
+        (("--kld", "nowhere.kld"), 2, "no text"),
+        (("-f", "nowhere.txt"), 1, "nowhere.txt"),
+        (("-f", "."), 1, "."),
+        (("-f", VERSES, "-c", "4096"), 1, "needs at least 8192 tokens"),
+        (("-f", VERSES, "-c", "7"), 2, "--ctx"),
+        (("-f", VERSES, "-c", "-1"), 2, "out of range"),
+        (("-f", VERSES, "--chunks", "0"), 2, "out of range"),
+        (("-f", VERSES, "--chunks", "-2"), 2, "out of range"),
+        (("-f", VERSES, "--chunks", "x"), 2, "not a valid integer"),
+    ],
+)
+def test_wrong_flags(cli: Cli, tiny: Path, flags: tuple[object, ...], code: int, message: str) -> None:
+    result = cli("perplexity", tiny, "--device", "reference", *flags)
+    lines = [line for line in result.stderr.splitlines() if "more than the 256 tokens" not in line]
+    assert result.exit_code == code
+    assert message in only_line("\n".join(lines))
+
+
+def test_smollm2_scores_as_llama_cpp_does_on_exact_weights(cli: Cli, smollm2: Path) -> None:
+    """40.3786 is llama.cpp's (llama-cpp-python 0.3.36) on an F16 copy of the same weights, 2 windows of 128."""
+    result = cli(
+        "perplexity", smollm2, "-f", VERSES, "-c", 128, "--chunks", 2, "--kv", "f32", "--device", "reference", "--json"
+    )
+    facts = json.loads(result.stdout)
+    assert facts["n_chunk"] == 2
+    assert facts["ppl"] == pytest.approx(40.3786, rel=1e-3)
