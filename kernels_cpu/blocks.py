@@ -1,7 +1,10 @@
-"""GGUF weight blocks: a NumPy record type for each, and how a block becomes 16-lane groups of float32.
+"""GGUF block formats, each described once: how its bytes become groups of 16 weights.
 
-A weight is an array [rows, blocks] of its record, viewed in place on the mapped file. The record type chooses the
-decoder when a kernel is compiled, so kernels are written once for all types. A decoder yields Groups that stand for
+A decoder is written against a Reader, of which there are two:
+  - rows: blocks as they lie in the file. Lanes are 16 columns of one row; a scale is a scalar.
+  - panels: the blocks of 16 rows with their bytes interleaved. Lanes are the 16 rows; a group is a list of 16 columns,
+    a scale a vector, and a dot product needs no sum over lanes.
+A decoder yields Groups that stand for
 
     weights[start : start + 16] = scale * q + minimum
 
@@ -12,27 +15,27 @@ product can apply scale and minimum after summing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
+from numba import from_dtype
 
 from .ir_vectors import (
     F32,
+    I8,
     I16,
     I32,
     LANES,
     Value,
     at,
     bits,
-    constant,
+    each,
     half_to_float,
+    join,
+    like,
     load,
-    load_byte,
-    load_bytes,
-    load_half,
     minus,
-    shift_left,
     splat,
     to_float,
     vector,
@@ -41,15 +44,63 @@ from .ir_vectors import (
 
 class Group(NamedTuple):
     start: int  # index of the first weight within the block
-    q: Value  # 16 float32 lanes
+    q: Value  # float32: a vector of columns, or a list of columns
     scale: Value | None  # float32, None = 1
     minimum: Value | None = None  # float32, None = 0
 
 
+class Rows:
+    """Reads a block in place. Bytes come as int32."""
+
+    def __init__(self, b: ir.IRBuilder, pointer: Value, lanes: int = LANES):
+        self.b, self.pointer, self.lanes = b, pointer, lanes  # lanes: 1 at the end of a row without blocks
+
+    def byte(self, offset: int, signed: bool = False) -> Value:
+        value = load(self.b, at(self.b, self.pointer, offset), I8)
+        return (self.b.sext if signed else self.b.zext)(value, I32)
+
+    def half(self, offset: int) -> Value:
+        """A float16, as float32."""
+        return half_to_float(self.b, load(self.b, at(self.b, self.pointer, offset), I16))
+
+    def columns(self, offset: int, signed: bool = False) -> Value:
+        """16 bytes, one for each column."""
+        value = load(self.b, at(self.b, self.pointer, offset), vector(I8))
+        return (self.b.sext if signed else self.b.zext)(value, vector(I32))
+
+    def mask(self, offset: int, first: int) -> Value:
+        """Bits first ... first + 15 of a 32-bit mask, one for each column."""
+        mask = splat(self.b, load(self.b, at(self.b, self.pointer, offset), I32))
+        places = ir.Constant(vector(I32), [first + j for j in range(LANES)])
+        return self.b.and_(self.b.lshr(mask, places), like(mask, 1))
+
+
+class Panels:
+    """Reads a block of 16 rows at once: byte k of row r is at 16 k + r."""
+
+    def __init__(self, b: ir.IRBuilder, pointer: Value):
+        self.b, self.pointer = b, pointer
+
+    def byte(self, offset: int, signed: bool = False) -> Value:
+        value = load(self.b, at(self.b, self.pointer, LANES * offset), vector(I8))
+        return (self.b.sext if signed else self.b.zext)(value, vector(I32))
+
+    def half(self, offset: int) -> Value:
+        both = join(self.b, self.byte(offset), self.byte(offset + 1), 8)
+        return half_to_float(self.b, self.b.trunc(both, vector(I16)))
+
+    def columns(self, offset: int, signed: bool = False) -> Value:
+        return [self.byte(offset + j, signed) for j in range(LANES)]
+
+    def mask(self, offset: int, first: int) -> Value:
+        places = range(first, first + LANES)
+        return [bits(self.b, self.byte(offset + i // 8), i % 8, 1) for i in places]
+
+
 class Format(NamedTuple):
-    dtype: np.dtype
+    dtype: np.dtype  # a record type of its own for each format: it chooses the decoder when a kernel is compiled
     length: int  # weights in a block
-    decode: Callable[[ir.IRBuilder, Value, int], Iterator[Group]]  # (builder, byte pointer to a block, lanes)
+    decode: Callable[[ir.IRBuilder, Any], Iterator[Group]]  # (builder, reader)
 
 
 FORMATS: dict[str, Format] = {}
@@ -58,95 +109,92 @@ FORMATS: dict[str, Format] = {}
 IQ4_LEVELS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 
 
-def _format(name: str, length: int, *fields: tuple):  # type: ignore[no-untyped-def]
-    """Registers the decorated decoder for blocks of `length` weights with these record fields."""
+def _format(name: str, length: int, nbytes: int):  # type: ignore[no-untyped-def]
+    """Registers the decorated decoder for blocks of `length` weights in `nbytes` bytes."""
 
     def register(decode):  # type: ignore[no-untyped-def]
-        FORMATS[name] = Format(np.dtype(list(fields)), length, decode)
+        FORMATS[name] = Format(np.dtype([(name.lower(), "u1", nbytes)]), length, decode)
         return decode
 
     return register
 
 
-# -- one number a weight; `lanes` is 1 for the end of a row ------------------------------------------------------------
+# -- one number a weight, read by rows only ----------------------------------------------------------------------------
 
 
-@_format("F32", 1, ("f32", "<f4"))
-def _f32(b: ir.IRBuilder, p: Value, lanes: int) -> Iterator[Group]:
-    yield Group(0, load(b, p, vector(F32, lanes)), None)
+@_format("F32", 1, 4)
+def _f32(b: ir.IRBuilder, r: Rows) -> Iterator[Group]:
+    yield Group(0, load(b, r.pointer, vector(F32, r.lanes)), None)
 
 
-@_format("F16", 1, ("f16", "<u2"))
-def _f16(b: ir.IRBuilder, p: Value, lanes: int) -> Iterator[Group]:
-    yield Group(0, half_to_float(b, load(b, p, vector(I16, lanes))), None)
+@_format("F16", 1, 2)
+def _f16(b: ir.IRBuilder, r: Rows) -> Iterator[Group]:
+    yield Group(0, half_to_float(b, load(b, r.pointer, vector(I16, r.lanes))), None)
 
 
-@_format("BF16", 1, ("bf16", "<u2"))
-def _bf16(b: ir.IRBuilder, p: Value, lanes: int) -> Iterator[Group]:
-    wide = b.zext(load(b, p, vector(I16, lanes)), vector(I32, lanes))
-    yield Group(0, b.bitcast(shift_left(b, wide, 16), vector(F32, lanes)), None)
+@_format("BF16", 1, 2)
+def _bf16(b: ir.IRBuilder, r: Rows) -> Iterator[Group]:
+    wide = b.zext(load(b, r.pointer, vector(I16, r.lanes)), vector(I32, r.lanes))
+    yield Group(0, b.bitcast(b.shl(wide, like(wide, 16)), vector(F32, r.lanes)), None)
 
 
 # -- blocks of 32: nibble j is weight j below, weight j + 16 above -----------------------------------------------------
 
 
-@_format("Q4_0", 32, ("d", "<u2"), ("q4_0", "u1", 16))
-def _q4_0(b: ir.IRBuilder, p: Value, lanes: int) -> Iterator[Group]:
-    d, qs = load_half(b, p, 0), load_bytes(b, p, 2)
+@_format("Q4_0", 32, 18)
+def _q4_0(b: ir.IRBuilder, r: Any) -> Iterator[Group]:
+    d, qs = r.half(0), r.columns(2)
     for half in range(2):
         yield Group(16 * half, to_float(b, minus(b, bits(b, qs, 4 * half, 4), 8)), d)
 
 
-@_format("Q4_1", 32, ("d", "<u2"), ("m", "<u2"), ("q4_1", "u1", 16))
-def _q4_1(b: ir.IRBuilder, p: Value, lanes: int) -> Iterator[Group]:
-    d, m, qs = load_half(b, p, 0), load_half(b, p, 2), load_bytes(b, p, 4)
+@_format("Q4_1", 32, 20)
+def _q4_1(b: ir.IRBuilder, r: Any) -> Iterator[Group]:
+    d, m, qs = r.half(0), r.half(2), r.columns(4)
     for half in range(2):
         yield Group(16 * half, to_float(b, bits(b, qs, 4 * half, 4)), d, m)
 
 
-def _fifth_bits(b: ir.IRBuilder, p: Value, offset: int, half: int) -> Value:
-    """Bit j of a 32-bit mask for each weight j of one half, moved to the value 16."""
-    mask = splat(b, load(b, at(b, p, offset), I32))
-    places = ir.Constant(vector(I32), [16 * half + j for j in range(LANES)])
-    return shift_left(b, b.and_(b.lshr(mask, places), constant(I32, 1)), 4)
-
-
-@_format("Q5_0", 32, ("d", "<u2"), ("qh", "u1", 4), ("q5_0", "u1", 16))
-def _q5_0(b: ir.IRBuilder, p: Value, lanes: int) -> Iterator[Group]:
-    d, qs = load_half(b, p, 0), load_bytes(b, p, 6)
+@_format("Q5_0", 32, 22)
+def _q5_0(b: ir.IRBuilder, r: Any) -> Iterator[Group]:
+    d, qs = r.half(0), r.columns(6)
     for half in range(2):
-        q = b.or_(bits(b, qs, 4 * half, 4), _fifth_bits(b, p, 2, half))
+        q = join(b, bits(b, qs, 4 * half, 4), r.mask(2, 16 * half), 4)
         yield Group(16 * half, to_float(b, minus(b, q, 16)), d)
 
 
-@_format("Q5_1", 32, ("d", "<u2"), ("m", "<u2"), ("qh", "u1", 4), ("q5_1", "u1", 16))
-def _q5_1(b: ir.IRBuilder, p: Value, lanes: int) -> Iterator[Group]:
-    d, m, qs = load_half(b, p, 0), load_half(b, p, 2), load_bytes(b, p, 8)
+@_format("Q5_1", 32, 24)
+def _q5_1(b: ir.IRBuilder, r: Any) -> Iterator[Group]:
+    d, m, qs = r.half(0), r.half(2), r.columns(8)
     for half in range(2):
-        q = b.or_(bits(b, qs, 4 * half, 4), _fifth_bits(b, p, 4, half))
+        q = join(b, bits(b, qs, 4 * half, 4), r.mask(4, 16 * half), 4)
         yield Group(16 * half, to_float(b, q), d, m)
 
 
-@_format("Q8_0", 32, ("d", "<u2"), ("q8_0", "i1", 32))
-def _q8_0(b: ir.IRBuilder, p: Value, lanes: int) -> Iterator[Group]:
-    d = load_half(b, p, 0)
+@_format("Q8_0", 32, 34)
+def _q8_0(b: ir.IRBuilder, r: Any) -> Iterator[Group]:
+    d = r.half(0)
     for half in range(2):
-        q = b.sext(load(b, at(b, p, 2 + 16 * half), ir.VectorType(ir.IntType(8), LANES)), vector(I32))
-        yield Group(16 * half, to_float(b, q), d)
+        yield Group(16 * half, to_float(b, r.columns(2 + 16 * half, signed=True)), d)
 
 
 def _iq4(b: ir.IRBuilder, nibbles: Value) -> Value:
     """The level of each 4-bit index, chosen bit by bit."""
-    levels = [constant(F32, level) for level in IQ4_LEVELS]
-    for bit in range(4):
-        odd = b.icmp_signed("!=", bits(b, nibbles, bit, 1), constant(I32, 0))
-        levels = [b.select(odd, levels[i + 1], levels[i]) for i in range(0, len(levels), 2)]
-    return levels[0]
+
+    def level(index: Value) -> Value:
+        lanes = index.type.count
+        levels = [ir.Constant(vector(F32, lanes), [float(x)] * lanes) for x in IQ4_LEVELS]
+        for bit in range(4):
+            odd = b.icmp_signed("!=", bits(b, index, bit, 1), like(index, 0))
+            levels = [b.select(odd, levels[i + 1], levels[i]) for i in range(0, len(levels), 2)]
+        return levels[0]
+
+    return each(level, nibbles)
 
 
-@_format("IQ4_NL", 32, ("d", "<u2"), ("iq4_nl", "u1", 16))
-def _iq4_nl(b: ir.IRBuilder, p: Value, lanes: int) -> Iterator[Group]:
-    d, qs = load_half(b, p, 0), load_bytes(b, p, 2)
+@_format("IQ4_NL", 32, 18)
+def _iq4_nl(b: ir.IRBuilder, r: Any) -> Iterator[Group]:
+    d, qs = r.half(0), r.columns(2)
     for half in range(2):
         yield Group(16 * half, _iq4(b, bits(b, qs, 4 * half, 4)), d)
 
@@ -154,82 +202,86 @@ def _iq4_nl(b: ir.IRBuilder, p: Value, lanes: int) -> Iterator[Group]:
 # -- blocks of 256 with scales of their own for every 16 or 32 weights -------------------------------------------------
 
 
-@_format("Q2_K", 256, ("scales", "u1", 16), ("q2_k", "u1", 64), ("d", "<u2"), ("dmin", "<u2"))
-def _q2_k(b: ir.IRBuilder, p: Value, lanes: int) -> Iterator[Group]:
-    d, dmin = load_half(b, p, 80), load_half(b, p, 82)
+@_format("Q2_K", 256, 84)
+def _q2_k(b: ir.IRBuilder, r: Any) -> Iterator[Group]:
+    """16 bytes of scales (low nibble) and minima (high), 64 of two-bit numbers, d, dmin."""
+    d, dmin = r.half(80), r.half(82)
     for i in range(16):
         part, shift, half = i // 8, i % 8 // 2, i % 2
-        both = load_byte(b, p, i)
-        q = bits(b, load_bytes(b, p, 16 + 32 * part + 16 * half), 2 * shift, 2)
+        both = r.byte(i)
+        q = bits(b, r.columns(16 + 32 * part + 16 * half), 2 * shift, 2)
         scale = b.fmul(d, to_float(b, bits(b, both, 0, 4)))
         minimum = b.fneg(b.fmul(dmin, to_float(b, bits(b, both, 4, 4))))
         yield Group(16 * i, to_float(b, q), scale, minimum)
 
 
-@_format("Q3_K", 256, ("hmask", "u1", 32), ("q3_k", "u1", 64), ("scales", "u1", 12), ("d", "<u2"))
-def _q3_k(b: ir.IRBuilder, p: Value, lanes: int) -> Iterator[Group]:
-    d = load_half(b, p, 108)
+@_format("Q3_K", 256, 110)
+def _q3_k(b: ir.IRBuilder, r: Any) -> Iterator[Group]:
+    """32 bytes of third bits, 64 of two-bit numbers, 12 of six-bit scales, d."""
+    d = r.half(108)
     for i in range(16):
         part, shift, half = i // 8, i % 8 // 2, i % 2
-        low = bits(b, load_byte(b, p, 96 + i % 8), 4 * (i // 8), 4)
-        high = bits(b, load_byte(b, p, 104 + i % 4), 2 * (i // 4), 2)
-        scale = b.fmul(d, to_float(b, minus(b, b.or_(low, shift_left(b, high, 4)), 32)))
-        q = bits(b, load_bytes(b, p, 32 + 32 * part + 16 * half), 2 * shift, 2)
-        third = bits(b, load_bytes(b, p, 16 * half), 4 * part + shift, 1)
-        yield Group(16 * i, to_float(b, minus(b, b.or_(q, shift_left(b, third, 2)), 4)), scale)
+        low, high = bits(b, r.byte(96 + i % 8), 4 * (i // 8), 4), bits(b, r.byte(104 + i % 4), 2 * (i // 4), 2)
+        scale = b.fmul(d, to_float(b, minus(b, join(b, low, high, 4), 32)))
+        third = bits(b, r.columns(16 * half), 4 * part + shift, 1)
+        q = join(b, bits(b, r.columns(32 + 32 * part + 16 * half), 2 * shift, 2), third, 2)
+        yield Group(16 * i, to_float(b, minus(b, q, 4)), scale)
 
 
-def _scale_min(b: ir.IRBuilder, p: Value, i: int) -> tuple[Value, Value]:
-    """Scale and minimum i of 8, six bits each, packed in 12 bytes at p."""
+def _scale_min(b: ir.IRBuilder, r: Any, i: int) -> tuple[Value, Value]:
+    """Scale and minimum i of 8, six bits each, packed in the 12 bytes from byte 4."""
     if i < 4:
-        return bits(b, load_byte(b, p, i), 0, 6), bits(b, load_byte(b, p, i + 4), 0, 6)
-    low = load_byte(b, p, i + 4)
-    scale = b.or_(bits(b, low, 0, 4), shift_left(b, bits(b, load_byte(b, p, i - 4), 6, 2), 4))
-    minimum = b.or_(bits(b, low, 4, 4), shift_left(b, bits(b, load_byte(b, p, i), 6, 2), 4))
-    return scale, minimum
+        return bits(b, r.byte(4 + i), 0, 6), bits(b, r.byte(8 + i), 0, 6)
+    both = r.byte(8 + i)
+    scale = join(b, bits(b, both, 0, 4), bits(b, r.byte(i), 6, 2), 4)
+    return scale, join(b, bits(b, both, 4, 4), bits(b, r.byte(4 + i), 6, 2), 4)
 
 
-def _q45_k(b: ir.IRBuilder, p: Value, qs: int, qh: int | None) -> Iterator[Group]:
-    """Q4_K, and Q5_K with its fifth bits at byte qh: eight runs of 32, two to each 32 bytes of nibbles."""
-    d, dmin = load_half(b, p, 0), load_half(b, p, 2)
+def _q45_k(b: ir.IRBuilder, r: Any, qs: int, qh: int | None) -> Iterator[Group]:
+    """d, dmin, scales, fifth bits at byte qh if any, and nibbles: two runs of 32 weights to each 32 bytes."""
+    d, dmin = r.half(0), r.half(2)
     for i in range(8):
-        whole, least = _scale_min(b, at(b, p, 4), i)
+        whole, least = _scale_min(b, r, i)
         scale, minimum = b.fmul(d, to_float(b, whole)), b.fneg(b.fmul(dmin, to_float(b, least)))
         for half in range(2):
-            q = bits(b, load_bytes(b, p, qs + 32 * (i // 2) + 16 * half), 4 * (i % 2), 4)
+            q = bits(b, r.columns(qs + 32 * (i // 2) + 16 * half), 4 * (i % 2), 4)
             if qh is not None:
-                q = b.or_(q, shift_left(b, bits(b, load_bytes(b, p, qh + 16 * half), i, 1), 4))
+                q = join(b, q, bits(b, r.columns(qh + 16 * half), i, 1), 4)
             yield Group(32 * i + 16 * half, to_float(b, q), scale, minimum)
 
 
-@_format("Q4_K", 256, ("d", "<u2"), ("dmin", "<u2"), ("scales", "u1", 12), ("q4_k", "u1", 128))
-def _q4_k(b: ir.IRBuilder, p: Value, lanes: int) -> Iterator[Group]:
-    yield from _q45_k(b, p, 16, None)
+@_format("Q4_K", 256, 144)
+def _q4_k(b: ir.IRBuilder, r: Any) -> Iterator[Group]:
+    yield from _q45_k(b, r, 16, None)
 
 
-@_format("Q5_K", 256, ("d", "<u2"), ("dmin", "<u2"), ("scales", "u1", 12), ("qh", "u1", 32), ("q5_k", "u1", 128))
-def _q5_k(b: ir.IRBuilder, p: Value, lanes: int) -> Iterator[Group]:
-    yield from _q45_k(b, p, 48, 16)
+@_format("Q5_K", 256, 176)
+def _q5_k(b: ir.IRBuilder, r: Any) -> Iterator[Group]:
+    yield from _q45_k(b, r, 48, 16)
 
 
-@_format("Q6_K", 256, ("q6_k", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<u2"))
-def _q6_k(b: ir.IRBuilder, p: Value, lanes: int) -> Iterator[Group]:
-    d = load_half(b, p, 208)
+@_format("Q6_K", 256, 210)
+def _q6_k(b: ir.IRBuilder, r: Any) -> Iterator[Group]:
+    """128 bytes of low nibbles, 64 of high pairs, 16 signed scales, d."""
+    d = r.half(208)
     for i in range(16):
         part, run, half = i // 8, i % 8 // 2, i % 2  # runs of 32 within each 128
-        low = bits(b, load_bytes(b, p, 64 * part + 32 * (run % 2) + 16 * half), 4 * (run // 2), 4)
-        high = bits(b, load_bytes(b, p, 128 + 32 * part + 16 * half), 2 * run, 2)
-        q = minus(b, b.or_(low, shift_left(b, high, 4)), 32)
-        scale = b.fmul(d, to_float(b, load_byte(b, p, 192 + i, signed=True)))
-        yield Group(16 * i, to_float(b, q), scale)
+        low = bits(b, r.columns(64 * part + 32 * (run % 2) + 16 * half), 4 * (run // 2), 4)
+        high = bits(b, r.columns(128 + 32 * part + 16 * half), 2 * run, 2)
+        scale = b.fmul(d, to_float(b, r.byte(192 + i, signed=True)))
+        yield Group(16 * i, to_float(b, minus(b, join(b, low, high, 4), 32)), scale)
 
 
-@_format("IQ4_XS", 256, ("d", "<u2"), ("scales_h", "<u2"), ("scales_l", "u1", 4), ("iq4_xs", "u1", 128))
-def _iq4_xs(b: ir.IRBuilder, p: Value, lanes: int) -> Iterator[Group]:
-    d, high = load_half(b, p, 0), b.zext(load(b, at(b, p, 2), I16), I32)
+@_format("IQ4_XS", 256, 136)
+def _iq4_xs(b: ir.IRBuilder, r: Any) -> Iterator[Group]:
+    """d, the high pairs of eight six-bit scales in 2 bytes, their low nibbles in 4, and nibbles."""
+    d = r.half(0)
     for i in range(8):
-        low = bits(b, load_byte(b, p, 4 + i // 2), 4 * (i % 2), 4)
-        scale = b.fmul(d, to_float(b, minus(b, b.or_(low, shift_left(b, bits(b, high, 2 * i, 2), 4)), 32)))
-        qs = load_bytes(b, p, 8 + 16 * i)
+        low, high = bits(b, r.byte(4 + i // 2), 4 * (i % 2), 4), bits(b, r.byte(2 + i // 4), 2 * (i % 4), 2)
+        scale = b.fmul(d, to_float(b, minus(b, join(b, low, high, 4), 32)))
+        qs = r.columns(8 + 16 * i)
         for half in range(2):
             yield Group(32 * i + 16 * half, _iq4(b, bits(b, qs, 4 * half, 4)), scale)
+
+
+BY_RECORD = {from_dtype(f.dtype): f for f in FORMATS.values()}  # Numba's type of a row's items -> format

@@ -6,10 +6,12 @@ one description serves every instruction set.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
 from llvmlite import ir
+from numba.core import cgutils
 
 LANES = 16
 F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -41,6 +43,16 @@ def at(b: ir.IRBuilder, pointer: Value, offset: int | Value) -> Value:
     return b.gep(pointer, [I64(offset) if isinstance(offset, int) else offset], source_etype=I8)
 
 
+def into_array(context: Any, b: ir.IRBuilder, kind: Any, array: Value, *indices: Value) -> tuple[Value, Any, Any]:
+    """Byte pointer to array[indices] of a Numba array, with the array's shape and its strides in bytes."""
+    a = context.make_array(kind)(context, b, array)
+    shape, strides = cgutils.unpack_tuple(b, a.shape), cgutils.unpack_tuple(b, a.strides)
+    pointer = b.bitcast(a.data, cgutils.voidptr_t)
+    for index, stride in zip(indices, strides, strict=False):
+        pointer = at(b, pointer, b.mul(index, stride))
+    return pointer, shape, strides
+
+
 def load(b: ir.IRBuilder, pointer: Value, kind: ir.Type) -> Value:
     """Reads a value of any alignment at a byte pointer."""
     return b.load(b.bitcast(pointer, kind.as_pointer()), align=1)
@@ -50,40 +62,37 @@ def store(b: ir.IRBuilder, value: Value, pointer: Value) -> None:
     b.store(value, b.bitcast(pointer, value.type.as_pointer()), align=1)
 
 
-def load_bytes(b: ir.IRBuilder, pointer: Value, offset: int) -> Value:
-    """16 unsigned bytes as 16 int32 lanes."""
-    return b.zext(load(b, at(b, pointer, offset), vector(I8)), vector(I32))
-
-
-def load_byte(b: ir.IRBuilder, pointer: Value, offset: int, signed: bool = False) -> Value:
-    """One byte as int32."""
-    byte = load(b, at(b, pointer, offset), I8)
-    return b.sext(byte, I32) if signed else b.zext(byte, I32)
-
-
 def bits(b: ir.IRBuilder, value: Value, shift: int, width: int) -> Value:
-    """(value >> shift) & (2^width - 1), on an int32 or on int32 lanes."""
-    if isinstance(value.type, ir.VectorType):
-        lanes = value.type.count
-        return b.and_(b.lshr(value, constant(I32, shift, lanes)), constant(I32, 2**width - 1, lanes))
-    return b.and_(b.lshr(value, I32(shift)), I32(2**width - 1))
+    """(value >> shift) & (2^width - 1) of int32 numbers."""
+    return each(lambda v: b.and_(b.lshr(v, like(v, shift)), like(v, 2**width - 1)), value)
 
 
-def shift_left(b: ir.IRBuilder, value: Value, shift: int) -> Value:
-    if isinstance(value.type, ir.VectorType):
-        return b.shl(value, constant(I32, shift, value.type.count))
-    return b.shl(value, I32(shift))
+def join(b: ir.IRBuilder, low: Value, high: Value, shift: int) -> Value:
+    """low | high << shift of int32 numbers."""
+    return each(lambda v, w: b.or_(v, b.shl(w, like(w, shift))), low, high)
 
 
 def minus(b: ir.IRBuilder, value: Value, amount: int) -> Value:
-    if isinstance(value.type, ir.VectorType):
-        return b.sub(value, constant(I32, amount, value.type.count))
-    return b.sub(value, I32(amount))
+    return each(lambda v: b.sub(v, like(v, amount)), value)
 
 
 def to_float(b: ir.IRBuilder, value: Value) -> Value:
-    """Signed integers to float32, lane by lane."""
-    return b.sitofp(value, vector(F32, value.type.count) if isinstance(value.type, ir.VectorType) else F32)
+    """Signed integers to float32."""
+    return each(lambda v: b.sitofp(v, vector(F32, v.type.count) if isinstance(v.type, ir.VectorType) else F32), value)
+
+
+def each(operation: Callable[..., Value], *values: Value) -> Value:
+    """The operation on values, or on each item of lists of them."""
+    if isinstance(values[0], list):
+        return [operation(*items) for items in zip(*values, strict=True)]
+    return operation(*values)
+
+
+def like(value: Value, number: int) -> Value:
+    """The number as a constant of the value's type."""
+    if isinstance(value.type, ir.VectorType):
+        return ir.Constant(value.type, [number] * value.type.count)
+    return value.type(number)
 
 
 def half_to_float(b: ir.IRBuilder, half: Value) -> Value:
@@ -104,11 +113,6 @@ def half_to_float(b: ir.IRBuilder, half: Value) -> Value:
     special = b.icmp_unsigned(">=", rest, c(0x7C00 << 13))
     magnitude = b.select(special, b.or_(rest, c(0x7F800000)), scaled)
     return b.bitcast(b.or_(sign, magnitude), shaped(F32))
-
-
-def load_half(b: ir.IRBuilder, pointer: Value, offset: int) -> Value:
-    """One float16 as float32."""
-    return half_to_float(b, load(b, at(b, pointer, offset), I16))
 
 
 def multiply_add(b: ir.IRBuilder, x: Value, y: Value, z: Value) -> Value:

@@ -5,51 +5,62 @@ Threads share out whole rows or tasks whose number they do not decide, so result
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-from llvmlite import ir
-from numba import njit, prange, types
-from numba.extending import intrinsic
+from numba import prange
 
 from .compiled import parallel, serial
-from .rows import add_row, decode_row, dot_row
+from .panels import decode_panel, dot_panel
+from .rows import decode_row, dot_row
+from .softmax import exp, exp_row, row_maximum
+from .tiles import add_rows, score_rows
 
 TILE = 64  # cached rows scored before their values are added
 
 
-@intrinsic
-def _bits_float(typingctx: Any, x: Any) -> Any:
-    """uint32 bits -> float32."""
+@serial
+def _sums_of_16(x):  # type: ignore[no-untyped-def]
+    """Sums of every 16 columns of x [N, n_in]: [N, n_in / 16]."""
+    rows, n = x.shape
+    sums = np.empty((rows, n // 16), np.float32)
+    for i in range(rows):
+        for j in range(n // 16):
+            total = np.float32(0.0)
+            for c in range(16):
+                total += x[i, 16 * j + c]
+            sums[i, j] = total
+    return sums
 
-    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return b.bitcast(args[0], ir.FloatType())
 
-    return types.float32(types.uint32), codegen
+@parallel
+def multiply_panels(w, x, out, parts):  # type: ignore[no-untyped-def]
+    """out [N, 16 panels] = x [N, n_in] @ w.T for a few rows of x: a panel is read from memory once for all of them."""
+    panels = w.shape[0]
+    for part in prange(parts):
+        sums = _sums_of_16(x)
+        for p in range(panels * part // parts, panels * (part + 1) // parts):
+            for i in range(x.shape[0]):
+                dot_panel(w, p, x, sums, i, out)
 
 
-@njit(inline="always")
-def exp(x):  # type: ignore[no-untyped-def]
-    """e^x for float32 x, clamped to -87..88; within 2e-7. Plain arithmetic, so that loops over it vectorise.
-
-    2^n times a polynomial in what is left after splitting off n = round(x / ln 2), as in the Cephes library's expf.
-    """
-    x = min(max(x, np.float32(-87.3)), np.float32(88.3))
-    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
-    r = (x - n * np.float32(0.693359375)) + n * np.float32(2.12194440e-4)
-    p = np.float32(1.9875691500e-4)
-    p = p * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    y = p * r * r + r + np.float32(1.0)
-    return y * _bits_float(np.uint32((np.int32(n) + np.int32(127)) << np.int32(23)))
+@parallel
+def gated_panels(gate, up, x, out, parts):  # type: ignore[no-untyped-def]
+    """out [N, 16 panels] = silu(x @ gate.T) * (x @ up.T) for a few rows of x."""
+    panels = gate.shape[0]
+    other = np.empty_like(out)
+    for part in prange(parts):
+        sums = _sums_of_16(x)
+        for p in range(panels * part // parts, panels * (part + 1) // parts):
+            for i in range(x.shape[0]):
+                dot_panel(gate, p, x, sums, i, out)
+                dot_panel(up, p, x, sums, i, other)
+                for j in range(16 * p, 16 * p + 16):
+                    g = out[i, j]
+                    out[i, j] = g / (np.float32(1.0) + exp(-g)) * other[i, j]
 
 
 @parallel
 def multiply_rows(w, x, out, parts):  # type: ignore[no-untyped-def]
-    """out [N, rows] = x [N, n_in] @ w.T for a few rows of x: a weight row is read once for all of them."""
+    """out [N, rows] = x [N, n_in] @ w.T for a few rows of x and a weight without blocks."""
     rows = w.shape[0]
     for part in prange(parts):
         for r in range(rows * part // parts, rows * (part + 1) // parts):
@@ -58,14 +69,28 @@ def multiply_rows(w, x, out, parts):  # type: ignore[no-untyped-def]
 
 
 @parallel
-def gated_rows(gate, up, x, out, parts):  # type: ignore[no-untyped-def]
-    """out [N, rows] = silu(x @ gate.T) * (x @ up.T) for a few rows of x."""
-    rows = gate.shape[0]
+def decode_panels(w, out, parts):  # type: ignore[no-untyped-def]
+    """out [n_in, 16 panels] = w.T as float32."""
+    panels = w.shape[0]
     for part in prange(parts):
-        for r in range(rows * part // parts, rows * (part + 1) // parts):
-            for i in range(x.shape[0]):
-                g = dot_row(gate, r, x, i)
-                out[i, r] = g / (np.float32(1.0) + exp(-g)) * dot_row(up, r, x, i)
+        for p in range(panels * part // parts, panels * (part + 1) // parts):
+            decode_panel(w, p, out, p)
+
+
+@parallel
+def interleave(rows, out, parts):  # type: ignore[no-untyped-def]
+    """Bytes of a weight [n_out, blocks, block bytes] as panels [panels, blocks, block bytes, 16], filled up with 0."""
+    n_out, blocks, size = rows.shape
+    for part in prange(parts):
+        for p in range(len(out) * part // parts, len(out) * (part + 1) // parts):
+            for block in range(blocks):
+                for r in range(16):
+                    if 16 * p + r < n_out:
+                        for k in range(size):
+                            out[p, block, k, r] = rows[16 * p + r, block, k]
+                    else:
+                        for k in range(size):
+                            out[p, block, k, r] = 0
 
 
 @parallel
@@ -120,11 +145,12 @@ def rotate(x, cos, sin, stride, partner):  # type: ignore[no-untyped-def]
 
 
 @parallel
-def attend(q, k, v, first, stop, scale, parts, out):  # type: ignore[no-untyped-def]
+def attend(q, k, v, first, stop, scale, parts, vectors, heads, out):  # type: ignore[no-untyped-def]
     """One decode step over k, v [B, H_kv, slots, blocks]; q and out [B, H_q, d].
 
     A cached row is read once for its whole group of query heads. Each sequence is cut into parts, each part keeps the
     running maximum and sum of its softmax (arXiv 1805.02867), and the parts are joined at the end.
+    vectors and heads: tuples with as many items as a head has vectors, and as heads go together (see tiles.py).
     """
     n_seq, n_head, d = q.shape
     n_head_kv = k.shape[1]
@@ -140,25 +166,19 @@ def attend(q, k, v, first, stop, scale, parts, out):  # type: ignore[no-untyped-
         scores = np.empty((group, TILE), np.float32)
         for tile in range(begin, end, TILE):
             width = min(TILE, end - tile)
-            for s in range(width):
-                for g in range(group):
-                    scores[g, s] = dot_row(keys, tile + s, queries, h * group + g) * scale
+            for g in range(0, group, len(heads)):
+                score_rows(keys, tile, width, queries, h * group + g, scores, g, vectors, heads)
             for g in range(group):
-                high = largest[task, g]
                 for s in range(width):
-                    high = max(high, scores[g, s])
+                    scores[g, s] *= scale
+                high = row_maximum(scores, g, 0, width, largest[task, g])
                 shrink = exp(largest[task, g] - high)
-                added = np.float32(0.0)
-                for s in range(width):
-                    scores[g, s] = exp(scores[g, s] - high)
-                    added += scores[g, s]
                 largest[task, g] = high
-                total[task, g] = total[task, g] * shrink + added
+                total[task, g] = total[task, g] * shrink + exp_row(scores, g, 0, width, high)
                 for j in range(d):
                     acc[g, j] *= shrink
-            for s in range(width):
-                for g in range(group):
-                    add_row(values, tile + s, scores[g, s], acc, g)
+            for g in range(0, group, len(heads)):
+                add_rows(values, tile, width, scores, acc, g, vectors, heads)
     for b in range(n_seq):
         for h in range(n_head):
             tasks = (b * n_head_kv + h // group) * parts
@@ -188,20 +208,14 @@ def softmax_tile(scores, largest, total, sums, group, start, tile, window):  # t
         slot = start + i // group
         end = min(width, slot + 1 - tile)
         begin = max(0, slot + 1 - window - tile) if window > 0 else 0
-        high = largest[i]
-        for s in range(begin, end):
-            high = max(high, scores[i, s])
+        high = row_maximum(scores, i, begin, end, largest[i])
         shrink = exp(largest[i] - high)
         for s in range(min(begin, width)):
             scores[i, s] = 0.0
-        added = np.float32(0.0)
-        for s in range(begin, end):
-            scores[i, s] = exp(scores[i, s] - high)
-            added += scores[i, s]
         for s in range(max(end, 0), width):
             scores[i, s] = 0.0
         if begin < end:
             largest[i] = high
-            total[i] = total[i] * shrink + added
+            total[i] = total[i] * shrink + exp_row(scores, i, begin, end, high)
             for j in range(sums.shape[1]):
                 sums[i, j] *= shrink

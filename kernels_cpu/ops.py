@@ -12,18 +12,22 @@ from threadpoolctl import ThreadpoolController
 
 from minirt.checks import check_chunk, check_ranges, check_slots, check_tokens
 from minirt.gguf_file import Tensor
-from minirt.ops import KV
+from minirt.ops import KV, Matrix
 from minirt.rope import Rope
 from minirt.stores import STORES, Store
 
 from . import kernels
 from .blocks import FORMATS
+from .ir_vectors import LANES
+from .panels import PANEL_DTYPES
 
 FEW_ROWS = 4  # up to here a weight is multiplied block by block; beyond, a decoded panel and BLAS are faster
 PANEL_BYTES = 8 << 20  # of decoded weights at a time
+QUERY_TILE = 128  # prompt tokens scored at a time: the causal half of what they cannot see is mostly never computed
 KEY_TILE = 1024  # cached rows decoded at a time in prefill
 PARTS_PER_THREAD = 4  # of a weight, so that a thread that lost its core for a moment does not hold up the rest
 PART_ROWS = 256  # cached rows that are worth a task of their own in a decode step ...
+HELD_VECTORS = 16  # of queries or sums kept in registers
 MAX_PARTS = 32  # ... of which there are this many at most; by length alone, so results do not depend on threads
 
 _FORMAT_OF_STORE = {"f32": "F32", "f16": "F16"}
@@ -31,15 +35,24 @@ _STORE_OF_DTYPE = {FORMATS[f].dtype: STORES[name] for name, f in _FORMAT_OF_STOR
 
 
 @dataclass(frozen=True)
-class BlockMatrix:
-    """A weight as it lies in the file."""
+class Table:
+    """A weight as it lies in the file, to look up rows."""
 
-    blocks: np.ndarray  # records [n_out, blocks of a row]
+    rows: np.ndarray  # records [n_out, blocks of a row]
     shape: tuple[int, int]  # n_out, n_in
 
     @property
     def nbytes(self) -> int:
-        return self.blocks.nbytes
+        return self.rows.nbytes
+
+
+@dataclass(frozen=True)
+class PanelMatrix:
+    """A weight with the bytes of 16 rows interleaved, so that a vector holds one column of all of them."""
+
+    panels: np.ndarray  # records [n_out / 16 rounded up, blocks of a row]
+    shape: tuple[int, int]  # n_out, n_in
+    nbytes: int  # of the rows alone, without those that fill up the last panel
 
 
 class CpuOps:
@@ -53,17 +66,27 @@ class CpuOps:
     def vector(self, values: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(values, np.float32)
 
-    def matrix(self, tensor: Tensor) -> BlockMatrix:
+    def table(self, tensor: Tensor) -> Table:
+        return Table(tensor.data.view(FORMATS[tensor.type.name].dtype), (tensor.shape[0], tensor.shape[1]))
+
+    def matrix(self, tensor: Tensor) -> Table | PanelMatrix:
+        f = FORMATS[tensor.type.name]
+        if f.length == 1:
+            return self.table(tensor)
         n_out, n_in = tensor.shape
-        return BlockMatrix(tensor.data.view(FORMATS[tensor.type.name].dtype), (n_out, n_in))
+        blocks, size = n_in // f.length, f.dtype.itemsize
+        panels = np.empty((_whole_vectors(n_out) // LANES, blocks, size, LANES), np.uint8)
+        kernels.interleave(tensor.data.reshape(n_out, blocks, size), panels, self._parts)
+        records = panels.reshape(len(panels), -1).view(PANEL_DTYPES[tensor.type.name])
+        return PanelMatrix(records, (n_out, n_in), tensor.data.nbytes)
 
     def to_host(self, array: np.ndarray) -> np.ndarray:
         return array
 
-    def embed(self, table: BlockMatrix, tokens: np.ndarray) -> np.ndarray:
+    def embed(self, table: Table, tokens: np.ndarray) -> np.ndarray:
         check_tokens(tokens, table.shape[0])
         out = np.empty((len(tokens), table.shape[1]), np.float32)
-        kernels.gather_rows(table.blocks, tokens, out)
+        kernels.gather_rows(table.rows, tokens, out)
         return out
 
     def norm_linear(
@@ -71,7 +94,7 @@ class CpuOps:
         x: np.ndarray,
         norm: np.ndarray,
         eps: float,
-        matrices: Sequence[BlockMatrix],
+        matrices: Sequence[Matrix],
         biases: Sequence[np.ndarray | None],
     ) -> list[np.ndarray]:
         h = _rms_norm(x, norm, eps)
@@ -81,18 +104,18 @@ class CpuOps:
                 o += bias
         return out
 
-    def gated(self, x: np.ndarray, norm: np.ndarray, eps: float, gate: BlockMatrix, up: BlockMatrix) -> np.ndarray:
+    def gated(self, x: np.ndarray, norm: np.ndarray, eps: float, gate: Matrix, up: Matrix) -> np.ndarray:
         h = _rms_norm(x, norm, eps)
-        if len(x) <= FEW_ROWS:
+        if len(x) <= FEW_ROWS and isinstance(gate, PanelMatrix) and isinstance(up, PanelMatrix):
             _check(gate.shape == up.shape and gate.shape[1] == x.shape[1], "activations", x.shape, gate.shape)
-            out = np.empty((len(x), gate.shape[0]), np.float32)
-            kernels.gated_rows(gate.blocks, up.blocks, h, out, self._parts)
-            return out
+            out = np.empty((len(x), LANES * len(gate.panels)), np.float32)
+            kernels.gated_panels(gate.panels, up.panels, h, out, self._parts)
+            return _columns(out, gate.shape[0])
         out = self._multiply(h, gate)
         kernels.silu_times(out, self._multiply(h, up))
         return out
 
-    def add_linear(self, x: np.ndarray, h: np.ndarray, matrix: BlockMatrix) -> None:
+    def add_linear(self, x: np.ndarray, h: np.ndarray, matrix: Matrix) -> None:
         x += self._multiply(h, matrix)
 
     def norm_heads(self, x: np.ndarray, norm: np.ndarray, eps: float) -> None:
@@ -109,60 +132,105 @@ class CpuOps:
 
     def allocate(self, store: Store, shape: tuple[int, int, int, int]) -> np.ndarray:
         f = FORMATS[_FORMAT_OF_STORE[store.name]]
-        return np.zeros((*shape[:3], shape[3] // f.length), f.dtype)
+        return np.zeros((*shape[:3], _whole_vectors(shape[3]) // f.length), f.dtype)
 
     def append(self, kv: KV, seq: np.ndarray, slot: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         check_slots(kv, seq, slot)
         for cache, rows in ((kv.k, k), (kv.v, v)):
-            cache[seq, :, slot] = _STORE_OF_DTYPE[cache.dtype].encode(rows).view(cache.dtype)
+            encoded = _STORE_OF_DTYPE[cache.dtype].encode(_padded(rows)).view(cache.dtype)
+            if len(rows) <= FEW_ROWS:
+                for i in range(len(rows)):  # plain indices cost a few microseconds less than arrays of them
+                    cache[seq[i], :, slot[i]] = encoded[i]
+            else:
+                cache[seq, :, slot] = encoded
 
     def attend(self, q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
+        d, q = q.shape[2], _padded(q)
         check_ranges(q, kv, first, stop)
-        longest = int((stop - first).max())
-        parts = min(max(longest // PART_ROWS, 1), MAX_PARTS)
+        parts = min(max(int((stop - first).max()) // PART_ROWS, 1), MAX_PARTS)
+        group, n_vectors = q.shape[1] // kv.k.shape[1], q.shape[2] // LANES
+        together = max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * n_vectors <= HELD_VECTORS))
         out = np.empty_like(q)
-        kernels.attend(q, kv.k, kv.v, first, stop, np.float32(1.0 / math.sqrt(q.shape[2])), parts, out)
-        return out
+        scale = np.float32(1.0 / math.sqrt(d))
+        kernels.attend(q, kv.k, kv.v, first, stop, scale, parts, (0,) * n_vectors, (0,) * together, out)
+        return _columns(out, d)
 
     def attend_chunk(self, q: np.ndarray, kv: KV, seq: int, start: int, window: int) -> np.ndarray:
+        d, q = q.shape[2], _padded(q)
         check_chunk(q, kv, seq, start, window)
-        n, n_head, d = q.shape
+        n, n_head, width = q.shape
         n_head_kv = kv.k.shape[1]
-        group, stop = n_head // n_head_kv, start + n
-        out = np.empty((n, n_head_kv, group, d), np.float32)
-        for h in range(n_head_kv):
-            queries = q[:, h * group : (h + 1) * group].reshape(n * group, d) / np.float32(math.sqrt(d))
-            sums = np.zeros((n * group, d), np.float32)
-            largest = np.full(n * group, -np.inf, np.float32)
-            total = np.zeros(n * group, np.float32)
-            for tile in range(max(0, start + 1 - window) if window else 0, stop, KEY_TILE):
-                rows = slice(tile, min(tile + KEY_TILE, stop))
-                scores = queries @ self._decode(kv.k[seq, h, rows], d).T
-                kernels.softmax_tile(scores, largest, total, sums, group, start, tile, window)
-                sums += scores @ self._decode(kv.v[seq, h, rows], d)
-            out[:, h] = (sums / total[:, None]).reshape(n, group, d)
-        return out.reshape(n, n_head, d)
+        group = n_head // n_head_kv
+        q = q.reshape(n, n_head_kv, group, width) / np.float32(math.sqrt(d))
+        out = np.empty_like(q)
+        for t in range(0, n, QUERY_TILE):
+            stop = min(t + QUERY_TILE, n)
+            first = max(0, start + t + 1 - window) if window else 0
+            for h in range(n_head_kv):
+                out[t:stop, h] = self._attend_tile(
+                    q[t:stop, h], KV(kv.k[seq, h], kv.v[seq, h]), start + t, first, window
+                )
+        return _columns(out.reshape(n, n_head, width), d)
 
-    def _multiply(self, x: np.ndarray, matrix: BlockMatrix) -> np.ndarray:
+    def _attend_tile(self, q: np.ndarray, kv: KV, start: int, first: int, window: int) -> np.ndarray:
+        """A few queries [T, g, d] from slot `start` on, and the keys and values [slots, blocks] of their KV head."""
+        n, group, width = q.shape
+        queries = q.reshape(n * group, width)
+        sums = np.zeros((n * group, width), np.float32)
+        largest = np.full(n * group, -np.inf, np.float32)
+        total = np.zeros(n * group, np.float32)
+        for tile in range(first, start + n, KEY_TILE):
+            rows = slice(tile, min(tile + KEY_TILE, start + n))
+            scores = queries @ self._decode(kv.k[rows], width).T
+            kernels.softmax_tile(scores, largest, total, sums, group, start, tile, window)
+            sums += scores @ self._decode(kv.v[rows], width)
+        return (sums / total[:, None]).reshape(n, group, width)
+
+    def _multiply(self, x: np.ndarray, matrix: Matrix) -> np.ndarray:
         """x [N, n_in] @ matrix.T: [N, n_out]."""
         n_out, n_in = matrix.shape
         _check(x.shape[1] == n_in, "activations", x.shape, matrix.shape)
-        out = np.empty((len(x), n_out), np.float32)
         if len(x) <= FEW_ROWS:
-            kernels.multiply_rows(matrix.blocks, x, out, self._parts)
+            if isinstance(matrix, PanelMatrix):
+                out = np.empty((len(x), LANES * len(matrix.panels)), np.float32)
+                kernels.multiply_panels(matrix.panels, x, out, self._parts)
+                return _columns(out, n_out)
+            out = np.empty((len(x), n_out), np.float32)
+            kernels.multiply_rows(matrix.rows, x, out, self._parts)
             return out
-        step = max(1, PANEL_BYTES // (4 * n_in))
-        panel = np.empty((min(step, n_out), n_in), np.float32)
+        out = np.empty((len(x), n_out), np.float32)
+        step = max(1, PANEL_BYTES // (4 * LANES * n_in)) * LANES
         for r in range(0, n_out, step):
-            rows = matrix.blocks[r : r + step]
-            kernels.decode_rows(rows, panel, self._parts)
-            np.matmul(x, panel[: len(rows)].T, out=out[:, r : r + step])
+            width = min(step, n_out - r)
+            if isinstance(matrix, PanelMatrix):
+                panels = matrix.panels[r // LANES : (r + step) // LANES]
+                decoded = np.empty((n_in, LANES * len(panels)), np.float32)
+                kernels.decode_panels(panels, decoded, self._parts)
+                np.matmul(x, decoded[:, :width], out=out[:, r : r + width])
+            else:
+                np.matmul(x, self._decode(matrix.rows[r : r + width], n_in).T, out=out[:, r : r + width])
         return out
 
     def _decode(self, rows: np.ndarray, d: int) -> np.ndarray:
         out = np.empty((len(rows), d), np.float32)
         kernels.decode_rows(rows, out, self._parts)
         return out
+
+
+def _whole_vectors(n: int) -> int:
+    """n rounded up to whole vectors."""
+    return -(-n // LANES) * LANES
+
+
+def _padded(x: np.ndarray) -> np.ndarray:
+    """x with zeros after its last axis to whole vectors: heads of 100 components, say."""
+    missing = _whole_vectors(x.shape[-1]) - x.shape[-1]
+    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
+
+
+def _columns(x: np.ndarray, n: int) -> np.ndarray:
+    """The first n of the last axis; a copy if some were padding."""
+    return x if x.shape[-1] == n else np.ascontiguousarray(x[..., :n])
 
 
 def _rms_norm(x: np.ndarray, norm: np.ndarray, eps: float) -> np.ndarray:

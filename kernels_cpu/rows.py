@@ -1,4 +1,4 @@
-"""Rows of blocks as kernels see them: dot, decode, add, compiled to explicit vectors for each block format.
+"""Rows of blocks as kernels see them: dot product and decoding, compiled to explicit vectors for each block format.
 
 A row is a row of a weight, or the keys or values of one cached token: both lie in memory as blocks.
 """
@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba import from_dtype, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .blocks import FORMATS, Format, Group
+from .blocks import BY_RECORD, Format, Group, Rows
 from .ir_vectors import (
     F32,
     I32,
@@ -21,21 +21,13 @@ from .ir_vectors import (
     Value,
     at,
     horizontal_sum,
+    into_array,
     load,
     multiply_add,
     splat,
     store,
     vector,
 )
-
-_BY_RECORD = {from_dtype(f.dtype): f for f in FORMATS.values()}
-
-
-def _row(context: Any, b: ir.IRBuilder, array_type: types.Array, array: Value, r: Value) -> tuple[Value, Value]:
-    """Byte pointer to row r of a C-ordered array, and the number of items in a row."""
-    a = context.make_array(array_type)(context, b, array)
-    shape, strides = cgutils.unpack_tuple(b, a.shape), cgutils.unpack_tuple(b, a.strides)
-    return at(b, b.bitcast(a.data, cgutils.voidptr_t), b.mul(r, strides[0])), shape[1]
 
 
 def _for_groups(b: ir.IRBuilder, f: Format, row: Value, n_blocks: Value, use: Any) -> None:
@@ -44,22 +36,22 @@ def _for_groups(b: ir.IRBuilder, f: Format, row: Value, n_blocks: Value, use: An
     whole = b.udiv(n_blocks, I64(step))
     with cgutils.for_range(b, whole) as loop:
         first = b.mul(loop.index, I64(step))
-        for group in f.decode(b, at(b, row, b.mul(first, I64(f.dtype.itemsize))), LANES):
+        for group in f.decode(b, Rows(b, at(b, row, b.mul(first, I64(f.dtype.itemsize))))):
             use(group, b.add(b.mul(first, I64(f.length)), I64(group.start)), LANES)
     if step > 1:
         with cgutils.for_range_slice(b, b.mul(whole, I64(step)), n_blocks, I64(1)) as (index, _):
-            for group in f.decode(b, at(b, row, b.mul(index, I64(f.dtype.itemsize))), 1):
+            for group in f.decode(b, Rows(b, at(b, row, b.mul(index, I64(f.dtype.itemsize))), lanes=1)):
                 use(group, index, 1)
 
 
 @intrinsic
 def dot_row(typingctx: Any, w: Any, r: Any, x: Any, i: Any) -> Any:
     """float32 dot product of row r of w [rows, blocks] with row i of float32 x [N, n_in], both C-ordered."""
-    f = _BY_RECORD[w.dtype]
+    f = BY_RECORD[w.dtype]
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
-        row, n_blocks = _row(context, b, signature.args[0], args[0], args[1])
-        x_row, _ = _row(context, b, signature.args[2], args[2], args[3])
+        row, (_, n_blocks), _ = into_array(context, b, signature.args[0], args[0], args[1])
+        x_row, _, _ = into_array(context, b, signature.args[2], args[2], args[3])
         sums = [cgutils.alloca_once_value(b, ir.Constant(vector(F32), [0.0] * LANES)) for _ in range(4)]
         tail = cgutils.alloca_once_value(b, ir.Constant(vector(F32, 1), [0.0]))
         turn = 0
@@ -89,14 +81,14 @@ def dot_row(typingctx: Any, w: Any, r: Any, x: Any, i: Any) -> Any:
 @intrinsic
 def decode_row(typingctx: Any, w: Any, r: Any, out: Any, i: Any) -> Any:
     """Writes row r of w [rows, blocks] as float32 to row i of out [N, n_in], both C-ordered."""
-    f = _BY_RECORD[w.dtype]
+    f = BY_RECORD[w.dtype]
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
-        row, n_blocks = _row(context, b, signature.args[0], args[0], args[1])
-        out_row, _ = _row(context, b, signature.args[2], args[2], args[3])
+        row, (_, n_blocks), _ = into_array(context, b, signature.args[0], args[0], args[1])
+        out_row, _, _ = into_array(context, b, signature.args[2], args[2], args[3])
 
         def use(group: Group, index: Value, lanes: int) -> None:
-            store(b, _weights(b, group, lanes), at(b, out_row, b.mul(index, I64(4))))
+            store(b, weights_of(b, group, lanes), at(b, out_row, b.mul(index, I64(4))))
 
         _for_groups(b, f, row, n_blocks, use)
         return context.get_dummy_value()
@@ -104,27 +96,7 @@ def decode_row(typingctx: Any, w: Any, r: Any, out: Any, i: Any) -> Any:
     return types.void(w, types.int64, out, types.int64), codegen
 
 
-@intrinsic
-def add_row(typingctx: Any, w: Any, r: Any, factor: Any, out: Any, i: Any) -> Any:
-    """Adds factor times row r of w [rows, blocks] to row i of float32 out [N, n_in], both C-ordered."""
-    f = _BY_RECORD[w.dtype]
-
-    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
-        row, n_blocks = _row(context, b, signature.args[0], args[0], args[1])
-        out_row, _ = _row(context, b, signature.args[3], args[3], args[4])
-
-        def use(group: Group, index: Value, lanes: int) -> None:
-            place = at(b, out_row, b.mul(index, I64(4)))
-            total = load(b, place, vector(F32, lanes))
-            store(b, multiply_add(b, _weights(b, group, lanes), splat(b, args[2], lanes), total), place)
-
-        _for_groups(b, f, row, n_blocks, use)
-        return context.get_dummy_value()
-
-    return types.void(w, types.int64, types.float32, out, types.int64), codegen
-
-
-def _weights(b: ir.IRBuilder, group: Group, lanes: int) -> Value:
+def weights_of(b: ir.IRBuilder, group: Group, lanes: int) -> Value:
     """The group's weights, rounded after the product and after the sum as ggml does."""
     value = group.q
     if group.scale is not None:

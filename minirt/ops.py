@@ -41,7 +41,10 @@ class Ops(Protocol):
         """Brings a float32 vector (norm weight, bias) to the device."""
 
     def matrix(self, tensor: Tensor) -> Matrix:
-        """Brings a 2-D GGUF tensor [n_out, n_in] to the device, in whatever layout its kernels want."""
+        """Brings a 2-D GGUF tensor [n_out, n_in] to the device, in whatever layout its products want."""
+
+    def table(self, tensor: Tensor) -> Matrix:
+        """The same for a tensor whose rows are looked up, not multiplied."""
 
     def to_host(self, array: Array) -> np.ndarray:
         """The array as NumPy, after everything before it has run. A copy unless the device is the host."""

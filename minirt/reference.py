@@ -36,6 +36,9 @@ class ReferenceOps:
     def matrix(self, tensor: Tensor) -> DenseMatrix:
         return DenseMatrix(dequantize(tensor), tensor.data.nbytes)
 
+    def table(self, tensor: Tensor) -> DenseMatrix:
+        return self.matrix(tensor)
+
     def to_host(self, array: np.ndarray) -> np.ndarray:
         return array
 

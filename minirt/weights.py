@@ -43,7 +43,7 @@ class Weights:
     token_embd: Matrix  # [n_vocab, n_embd]
     layers: list[LayerWeights]
     output_norm: Array  # [n_embd]
-    output: Matrix  # [n_vocab, n_embd]; the object token_embd itself where the file ties them
+    output: Matrix  # [n_vocab, n_embd]; the embeddings again where the file ties them
     rope_freqs: np.ndarray | None  # host float32 [rope_dim / 2]: each divides a rotary frequency
 
 
@@ -74,18 +74,18 @@ def load_weights(
     rope_freqs = file.tensors.get("rope_freqs.weight")
     done, total = 0, len(file.tensors) - (rope_freqs is not None)
 
-    def fetch(name: str) -> Any:
+    def fetch(name: str, bring: Callable[[Tensor], Matrix] = ops.matrix) -> Any:
         nonlocal done
         tensor = file.tensors.get(name)
         if tensor is None:
             return None
-        array = ops.vector(dequantize(tensor)) if len(tensor.shape) == 1 else ops.matrix(tensor)
+        array = ops.vector(dequantize(tensor)) if len(tensor.shape) == 1 else bring(tensor)
         done += 1
         if progress:
             progress(done, total)
         return array
 
-    token_embd, output = fetch("token_embd.weight"), fetch("output.weight")
+    token_embd, output = fetch("token_embd.weight", ops.table), fetch("output.weight")
     layers = [
         LayerWeights(**{field: fetch(f"blk.{i}.{name}") for field, name in LAYER_TENSORS.items()})
         for i in range(config.n_layer)
@@ -94,7 +94,7 @@ def load_weights(
         token_embd=token_embd,
         layers=layers,
         output_norm=fetch("output_norm.weight"),
-        output=token_embd if output is None else output,
+        output=ops.matrix(file.tensors["token_embd.weight"]) if output is None else output,
         rope_freqs=None if rope_freqs is None else dequantize(rope_freqs),
     )
 

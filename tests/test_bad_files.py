@@ -38,6 +38,8 @@ class HostOps:
     def matrix(self, tensor: Tensor) -> Tensor:
         return tensor
 
+    table = matrix
+
 
 def load(path: Path) -> Weights:
     with GGUFFile.open(path) as file:

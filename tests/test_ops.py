@@ -67,18 +67,18 @@ def test_rows_that_are_not_whole_vectors(ops: Any, name: str, columns: int) -> N
     truth = TRUTH.norm_linear(x, np.ones(columns, np.float32), 1e-5, (TRUTH.matrix(tensor),), (None,))[0]
     assert_close(ours, truth)
     rows = np.arange(5, dtype=np.int32)
-    assert np.array_equal(ops.embed(ops.matrix(tensor), rows), TRUTH.embed(TRUTH.matrix(tensor), rows))
+    assert np.array_equal(ops.embed(ops.table(tensor), rows), TRUTH.embed(TRUTH.table(tensor), rows))
 
 
 @pytest.mark.parametrize("name", TENSOR_TYPES)
 def test_decoding_is_exact(ops: Any, name: str) -> None:
     tensor = random_tensor(name, 37, 512, seed=5)
     rows = np.arange(37, dtype=np.int32)
-    assert np.array_equal(ops.embed(ops.matrix(tensor), rows), TRUTH.embed(TRUTH.matrix(tensor), rows))
+    assert np.array_equal(ops.embed(ops.table(tensor), rows), TRUTH.embed(TRUTH.table(tensor), rows))
 
 
 def test_a_weight_larger_than_a_panel(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_ops, "PANEL_BYTES", 4 * 256 * 7)
+    monkeypatch.setattr(cpu_ops, "PANEL_BYTES", 4 * 256 * 16)
     tensor, x = random_tensor("Q4_0", 37, 256), normal(9, 256)
     ours, truth = np.zeros((9, 37), np.float32), np.zeros((9, 37), np.float32)
     ops.add_linear(ours, x, ops.matrix(tensor))
@@ -203,13 +203,13 @@ def test_large_scores_do_not_overflow(ops: Any) -> None:
 
 @pytest.mark.parametrize("device", [CpuOps(threads=1), TRUTH], ids=["cpu", "reference"])
 def test_what_does_not_fit_is_refused(device: Any) -> None:
-    m = device.matrix(random_tensor("Q4_0", 8, 64))
+    m, table = device.matrix(random_tensor("Q4_0", 8, 64)), device.table(random_tensor("Q4_0", 8, 64))
     kv = filled(device, "f16", 2, 2, 10, 64)
     one, q = np.array([1], np.int32), normal(2, 4, 64)
     k = normal(1, 2, 64)
     bad = [
-        lambda: device.embed(m, np.array([8], np.int32)),
-        lambda: device.embed(m, np.array([-1], np.int32)),
+        lambda: device.embed(table, np.array([8], np.int32)),
+        lambda: device.embed(table, np.array([-1], np.int32)),
         lambda: device.norm_linear(normal(1, 63), normal(63), 1e-5, (m,), (None,)),
         lambda: device.norm_linear(normal(1, 64), normal(63), 1e-5, (m,), (None,)),
         lambda: device.add_linear(normal(1, 8), normal(1, 65), m),

@@ -1,0 +1,120 @@
+"""The pieces of a softmax over a row: its maximum, its exponentials and their sum, as vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .ir_vectors import (
+    F32,
+    I32,
+    I64,
+    LANES,
+    Value,
+    at,
+    horizontal_sum,
+    into_array,
+    like,
+    load,
+    multiply_add,
+    splat,
+    store,
+    vector,
+)
+
+
+@intrinsic
+def row_maximum(typingctx: Any, x: Any, i: Any, begin: Any, end: Any, start: Any) -> Any:
+    """The largest of `start` and x[i, begin:end], float32; NaN is passed over, which a compiler may not do unasked."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        x, i, begin, end, start = args
+        row, _, _ = into_array(context, b, signature.args[0], x, i, begin)
+        n = b.sub(end, begin)
+        n = b.select(b.icmp_signed(">", n, I64(0)), n, I64(0))
+        high = cgutils.alloca_once_value(b, splat(b, start))
+
+        def larger(old: Value, new: Value) -> Value:
+            return b.select(b.fcmp_ordered(">", new, old), new, old)
+
+        whole = b.udiv(n, I64(LANES))
+        with cgutils.for_range(b, whole) as loop:
+            b.store(larger(b.load(high), load(b, at(b, row, b.mul(loop.index, I64(4 * LANES))), vector(F32))), high)
+        with cgutils.for_range_slice(b, b.mul(whole, I64(LANES)), n, I64(1)) as (index, _):
+            b.store(larger(b.load(high), splat(b, load(b, at(b, row, b.mul(index, I64(4))), F32))), high)
+        value, lanes = b.load(high), LANES
+        while lanes > 1:
+            lanes //= 2
+            halves = [ir.Constant(vector(I32, lanes), list(range(k * lanes, (k + 1) * lanes))) for k in range(2)]
+            value = larger(*(b.shuffle_vector(value, value, half) for half in halves))
+        return b.extract_element(value, I32(0))
+
+    i64, f32 = types.int64, types.float32
+    return f32(x, i64, i64, i64, f32), codegen
+
+
+def _exp(b: ir.IRBuilder, x: Value) -> Value:
+    """e^x, float32 lane by lane, for x up to 88; below -87 it stays at e^-87. Within 2 units in the last place.
+
+    2^n times a polynomial in what is left after splitting off n = round(x / ln 2), as in the Cephes library's expf.
+    """
+
+    def c(value: float) -> Value:
+        return ir.Constant(x.type, [value] * x.type.count)
+
+    x = b.select(b.fcmp_ordered("<", x, c(-87.0)), c(-87.0), x)  # in this order NaN stays NaN
+    x = b.select(b.fcmp_ordered(">", x, c(88.0)), c(88.0), x)
+    ints = vector(I32, x.type.count)
+    half = b.select(b.fcmp_ordered("<", x, c(0.0)), c(-0.5), c(0.5))
+    whole = b.fptosi(multiply_add(b, x, c(1.44269502), half), ints)  # towards zero, so this rounds to the nearest
+    n = b.sitofp(whole, x.type)
+    r = multiply_add(b, n, c(-0.693359375), x)
+    r = multiply_add(b, n, c(2.12194440e-4), r)
+    p = c(1.9875691500e-4)
+    for k in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0):
+        p = multiply_add(b, p, r, c(k))
+    power = b.shl(b.add(whole, like(whole, 127)), like(whole, 23))
+    return b.fmul(p, b.bitcast(power, x.type))
+
+
+@intrinsic
+def exp(typingctx: Any, x: Any) -> Any:
+    """e^x for float32 x, held between -87 and 88."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        return b.extract_element(_exp(b, splat(b, args[0], 1)), I32(0))
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
+def exp_row(typingctx: Any, x: Any, i: Any, begin: Any, end: Any, high: Any) -> Any:
+    """x[i, begin:end] becomes e^(x - high), float32, in place; returns the sum."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        x, i, begin, end, high = args
+        row, _, _ = into_array(context, b, signature.args[0], x, i, begin)
+        n = b.sub(end, begin)
+        n = b.select(b.icmp_signed(">", n, I64(0)), n, I64(0))
+        total = cgutils.alloca_once_value(b, ir.Constant(vector(F32), [0.0] * LANES))
+        rest = cgutils.alloca_once_value(b, F32(0.0))
+
+        def turn(index: Value, lanes: int) -> Value:
+            place = at(b, row, b.mul(index, I64(4)))
+            value = _exp(b, b.fsub(load(b, place, vector(F32, lanes)), splat(b, high, lanes)))
+            store(b, value, place)
+            return value
+
+        whole = b.udiv(n, I64(LANES))
+        with cgutils.for_range(b, whole) as loop:
+            b.store(b.fadd(b.load(total), turn(b.mul(loop.index, I64(LANES)), LANES)), total)
+        with cgutils.for_range_slice(b, b.mul(whole, I64(LANES)), n, I64(1)) as (index, _):
+            b.store(b.fadd(b.load(rest), b.extract_element(turn(index, 1), I32(0))), rest)
+        return b.fadd(horizontal_sum(b, b.load(total)), b.load(rest))
+
+    i64, f32 = types.int64, types.float32
+    return f32(x, i64, i64, i64, f32), codegen

@@ -1,0 +1,113 @@
+"""Tiles of cached rows as attention sees them: scores of 16 keys at a time, and weighted sums of values.
+
+The queries of a few heads, or the sums of a few heads, stay in registers while the rows pass by once. How many
+vectors that takes is part of the compiled code: a tuple for the head's vectors and one for the heads bring their
+lengths as types.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .blocks import BY_RECORD, Format, Rows
+from .ir_vectors import F32, I32, I64, LANES, Value, at, into_array, load, multiply_add, splat, store, vector
+from .rows import weights_of
+
+
+def _vectors(b: ir.IRBuilder, f: Format, row: Value, n: int) -> list[Value]:
+    """A cached row as n float32 vectors."""
+    found: list[Value] = []
+    block = 0
+    while len(found) < n:
+        reader = Rows(b, at(b, row, block * f.dtype.itemsize))
+        found += [weights_of(b, group, LANES) for group in f.decode(b, reader)]
+        block += LANES if f.length == 1 else 1
+    return found
+
+
+def _transposed_sum(b: ir.IRBuilder, rows: list[Value]) -> Value:
+    """Sums over lanes of 16 vectors, as one vector: neighbours are added in pairs, four times."""
+    evens = ir.Constant(vector(I32), [2 * i for i in range(LANES)])
+    odds = ir.Constant(vector(I32), [2 * i + 1 for i in range(LANES)])
+    while len(rows) > 1:
+        pairs = zip(rows[::2], rows[1::2], strict=True)
+        rows = [b.fadd(b.shuffle_vector(x, y, evens), b.shuffle_vector(x, y, odds)) for x, y in pairs]
+    return rows[0]
+
+
+@intrinsic
+def score_rows(
+    typingctx: Any, keys: Any, first: Any, n: Any, q: Any, head: Any, scores: Any, to: Any, vectors: Any, heads: Any
+) -> Any:
+    """scores[to + g, 0 : n] = keys[first : first + n] . q[head + g] for g < len(heads); 16 len(vectors) = d.
+
+    n is rounded up to 16 by repeating the last row: scores [heads, columns], float32, has that many columns.
+    """
+    f, n_vectors, n_heads = BY_RECORD[keys.dtype], len(vectors), len(heads)
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        keys, first, n, q, head, scores, to = args[:7]
+        base, _, (row_bytes, *_) = into_array(context, b, signature.args[0], keys, first)
+        queries, _, (q_bytes, *_) = into_array(context, b, signature.args[3], q, head)
+        target, _, (score_bytes, *_) = into_array(context, b, signature.args[5], scores, to)
+        held = [
+            [load(b, at(b, at(b, queries, b.mul(I64(g), q_bytes)), 64 * i), vector(F32)) for i in range(n_vectors)]
+            for g in range(n_heads)
+        ]
+        last = b.sub(n, I64(1))
+        with cgutils.for_range(b, b.udiv(b.add(n, I64(LANES - 1)), I64(LANES))) as loop:
+            start = b.mul(loop.index, I64(LANES))
+            products: list[list[Value]] = [[] for _ in range(n_heads)]
+            for r in range(LANES):
+                index = b.add(start, I64(r))
+                index = b.select(b.icmp_signed("<", index, last), index, last)
+                key = _vectors(b, f, at(b, base, b.mul(index, row_bytes)), n_vectors)
+                for g in range(n_heads):
+                    total = b.fmul(key[0], held[g][0])
+                    for i in range(1, n_vectors):
+                        total = multiply_add(b, key[i], held[g][i], total)
+                    products[g].append(total)
+            for g in range(n_heads):
+                place = at(b, at(b, target, b.mul(I64(g), score_bytes)), b.mul(start, I64(4)))
+                store(b, _transposed_sum(b, products[g]), place)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(keys, i, i, q, i, scores, i, vectors, heads), codegen
+
+
+@intrinsic
+def add_rows(
+    typingctx: Any, values: Any, first: Any, n: Any, p: Any, sums: Any, to: Any, vectors: Any, heads: Any
+) -> Any:
+    """sums[to + g] += p[to + g, 0 : n] . values[first : first + n] for g < len(heads); 16 len(vectors) = d."""
+    f, n_vectors, n_heads = BY_RECORD[values.dtype], len(vectors), len(heads)
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        values, first, n, p, sums, to = args[:6]
+        base, _, (row_bytes, *_) = into_array(context, b, signature.args[0], values, first)
+        weights, _, (p_bytes, *_) = into_array(context, b, signature.args[3], p, to)
+        target, _, (sum_bytes, *_) = into_array(context, b, signature.args[4], sums, to)
+        places = [
+            [at(b, at(b, target, b.mul(I64(g), sum_bytes)), 64 * i) for i in range(n_vectors)] for g in range(n_heads)
+        ]
+        held = [[cgutils.alloca_once_value(b, load(b, place, vector(F32))) for place in row] for row in places]
+        with cgutils.for_range(b, n) as loop:
+            value = _vectors(b, f, at(b, base, b.mul(loop.index, row_bytes)), n_vectors)
+            for g in range(n_heads):
+                place = at(b, at(b, weights, b.mul(I64(g), p_bytes)), b.mul(loop.index, I64(4)))
+                weight = splat(b, load(b, place, F32))
+                for i in range(n_vectors):
+                    b.store(multiply_add(b, value[i], weight, b.load(held[g][i])), held[g][i])
+        for places_of_head, held_of_head in zip(places, held, strict=True):
+            for place, total in zip(places_of_head, held_of_head, strict=True):
+                store(b, b.load(total), place)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(values, i, i, p, sums, i, vectors, heads), codegen
