@@ -6,6 +6,7 @@ state of this package's sources has a folder of its own; Numba keys what is insi
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import tempfile
@@ -28,12 +29,15 @@ def _cache_folder() -> str | None:
     digest = hashlib.sha256()
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    home = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(home):  # the specification says to ignore a relative one
+        home = os.path.join(os.path.expanduser("~"), ".cache")
     folder = Path(numba.config.CACHE_DIR or os.path.join(home, "minirt")) / f"kernels-{digest.hexdigest()[:16]}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return str(folder)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+        return str(folder)
     except OSError:
         return None
 
@@ -44,9 +48,34 @@ _FOLDER = _cache_folder()
 def _compiled(function: Callable[..., Any], **options: Any) -> Any:
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _FOLDER or numba.config.CACHE_DIR
     try:
-        return numba.njit(cache=_FOLDER is not None, **_OPTIONS, **options)(function)
+        dispatcher = numba.njit(cache=_FOLDER is not None, **_OPTIONS, **options)(function)
     finally:
         numba.config.CACHE_DIR = before  # the setting is the whole process's, not ours to keep
+    if _FOLDER is not None and most_threads() > 0:
+        dispatcher._cache = _ForgivingCache(dispatcher._cache)
+    return dispatcher
+
+
+class _ForgivingCache:
+    """Numba's cache of a kernel, for which a damaged file, or a full disk, only means to compile."""
+
+    def __init__(self, cache: Any):
+        self._cache = cache
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+    def load_overload(self, signature: Any, context: Any) -> Any:
+        try:
+            return self._cache.load_overload(signature, context)
+        except Exception:  # whatever unpickling damaged bytes raises
+            with contextlib.suppress(Exception):
+                self._cache.flush()
+            return None
+
+    def save_overload(self, signature: Any, compiled: Any) -> None:
+        with contextlib.suppress(OSError, EOFError):
+            self._cache.save_overload(signature, compiled)
 
 
 def serial(function: Callable[..., Any]) -> Any:
@@ -73,3 +102,8 @@ class _Listener(event.Listener):
 def on_compile(callback: Callable[[str], None]) -> None:
     """Calls back with a kernel's name whenever one has to be compiled; those found on disk make no call."""
     event.register("numba:compile", _Listener(callback))
+
+
+def most_threads() -> int:
+    """Threads Numba can run, which NUMBA_NUM_THREADS may limit; 0 where it is told not to compile at all."""
+    return 0 if numba.config.DISABLE_JIT else int(numba.config.NUMBA_NUM_THREADS)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import llvmlite.binding as llvm
+import numba
 from llvmlite import ir
 from numba.core import cgutils
 
@@ -17,8 +18,11 @@ LANES = 16
 F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
 _FEATURES = llvm.get_host_cpu_features()
-# Without these LLVM turns a half conversion into a library call that a JIT process may not have.
-HAS_HALF = bool(_FEATURES.get("f16c") or _FEATURES.get("fullfp16") or _FEATURES.get("fp-armv8"))
+# Without these LLVM turns a half conversion into a library call that a JIT process may not have. A user may have told
+# Numba to compile for another CPU than this one.
+HAS_HALF = not (numba.config.CPU_NAME or numba.config.CPU_FEATURES) and bool(
+    _FEATURES.get("f16c") or _FEATURES.get("fullfp16") or _FEATURES.get("fp-armv8")
+)
 
 Value = Any  # llvmlite's ir.Value
 

@@ -56,11 +56,13 @@ class PanelMatrix:
 
 
 class CpuOps:
+    """The CPU. BLAS is one for the whole process: the device made last decides how many threads it takes."""
+
     name = "cpu"
 
     def __init__(self, threads: int):
+        self.threads = threads
         self._parts = threads * PARTS_PER_THREAD
-        numba.set_num_threads(threads)
         self._blas = ThreadpoolController().limit(limits=threads, user_api="blas")
 
     def vector(self, values: np.ndarray) -> np.ndarray:
@@ -85,6 +87,7 @@ class CpuOps:
 
     def embed(self, table: Table, tokens: np.ndarray) -> np.ndarray:
         check_tokens(tokens, table.shape[0])
+        numba.set_num_threads(self.threads)  # the calling thread's own; a forward pass begins here
         out = np.empty((len(tokens), table.shape[1]), np.float32)
         kernels.gather_rows(table.rows, tokens, out)
         return out
@@ -105,9 +108,10 @@ class CpuOps:
         return out
 
     def gated(self, x: np.ndarray, norm: np.ndarray, eps: float, gate: Matrix, up: Matrix) -> np.ndarray:
+        _check(gate.shape == up.shape, "gate", gate.shape, up.shape)
         h = _rms_norm(x, norm, eps)
         if len(x) <= FEW_ROWS and isinstance(gate, PanelMatrix) and isinstance(up, PanelMatrix):
-            _check(gate.shape == up.shape and gate.shape[1] == x.shape[1], "activations", x.shape, gate.shape)
+            _check(gate.shape[1] == x.shape[1], "activations", x.shape, gate.shape)
             out = np.empty((len(x), LANES * len(gate.panels)), np.float32)
             kernels.gated_panels(gate.panels, up.panels, h, out, self._parts)
             return _columns(out, gate.shape[0])
@@ -116,9 +120,11 @@ class CpuOps:
         return out
 
     def add_linear(self, x: np.ndarray, h: np.ndarray, matrix: Matrix) -> None:
-        x += self._multiply(h, matrix)
+        _check(x.shape == (len(h), matrix.shape[0]), "residual", x.shape, h.shape)
+        x += self._multiply(np.ascontiguousarray(h), matrix)
 
     def norm_heads(self, x: np.ndarray, norm: np.ndarray, eps: float) -> None:
+        _check(norm.shape == x.shape[2:] and x.flags.c_contiguous, "norm", norm.shape, x.shape)
         rows = x.reshape(-1, x.shape[-1])
         kernels.rms_norm(rows, norm, np.float32(eps), rows)
 
@@ -145,7 +151,7 @@ class CpuOps:
                 cache[seq, :, slot] = encoded
 
     def attend(self, q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
-        d, q = q.shape[2], _padded(q)
+        d, q = q.shape[2], np.ascontiguousarray(_padded(q))
         check_ranges(q, kv, first, stop)
         parts = min(max(int((stop - first).max()) // PART_ROWS, 1), MAX_PARTS)
         group, n_vectors = q.shape[1] // kv.k.shape[1], q.shape[2] // LANES
@@ -235,7 +241,7 @@ def _columns(x: np.ndarray, n: int) -> np.ndarray:
 
 def _rms_norm(x: np.ndarray, norm: np.ndarray, eps: float) -> np.ndarray:
     _check(norm.shape == x.shape[1:], "norm", norm.shape, x.shape)
-    out = np.empty_like(x)
+    out = np.empty(x.shape, np.float32)
     kernels.rms_norm(x, norm, np.float32(eps), out)
     return out
 

@@ -11,7 +11,8 @@ from .tokenizer import Tokenizer
 
 
 class Answer(Iterator[str]):
-    """Iterate for the text; each piece is whole characters. Afterwards (or when interrupted, so far):
+    """Iterate for the text; each piece is whole characters. A session gives one answer at a time: going on with one
+    after another was begun raises UsageError. Afterwards (or when interrupted, so far):
 
     text           all pieces
     tokens         the ids generated, without the one that ended it
@@ -36,14 +37,11 @@ class Answer(Iterator[str]):
         self.text = ""
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
+        self.timings = Timings()
         self._session, self._tokenizer, self._prompt = session, tokenizer, prompt
         self._sampler, self._stop, self._progress = Sampler(sampling), tuple(stop), progress
         self._max_tokens = max_tokens if max_tokens is not None else session.n_ctx
         self._pieces = self._run()
-
-    @property
-    def timings(self) -> Timings:
-        return self._session.timings
 
     def __iter__(self) -> Answer:
         return self
@@ -61,6 +59,7 @@ class Answer(Iterator[str]):
 
     def _run(self) -> Iterator[str]:
         logits = self._session.feed(self._prompt, self._progress)
+        self.timings = self._session.timings
         decoder = self._tokenizer.stream_decoder(start=False)  # it continues the prompt
         held = ""  # text that might be the beginning of a stop string
         for token in self._session.generate(logits, self._sampler, self._max_tokens):

@@ -11,6 +11,7 @@ import numpy as np
 
 from .cache import Cache
 from .config import ModelConfig
+from .errors import ModelError
 from .ops import Array, Ops
 from .policies import Policy
 from .rope import make_rope
@@ -45,6 +46,7 @@ class Decoder:
         cache.n_seen += 1
         return self._logits(x)
 
+    @np.errstate(over="ignore", invalid="ignore")  # damaged weights are reported once, by _logits
     def _layers(self, tokens: Sequence[int], pos: np.ndarray, attention: Attention) -> Array:
         """Token ids [N] at true positions pos [N] -> residual stream [N, n_embd] after the last layer."""
         c, ops = self.config, self.ops
@@ -67,6 +69,10 @@ class Decoder:
             ops.add_linear(x, h, w.w_down)
         return x
 
+    @np.errstate(over="ignore", invalid="ignore")
     def _logits(self, x: Array) -> np.ndarray:
         w = self.weights
-        return self.ops.to_host(self.ops.norm_linear(x, w.output_norm, self.config.rms_eps, (w.output,), (None,))[0])
+        out = self.ops.to_host(self.ops.norm_linear(x, w.output_norm, self.config.rms_eps, (w.output,), (None,))[0])
+        if not np.isfinite(np.add.reduce(out, axis=None)):
+            raise ModelError("the logits are not finite: the file's weights are damaged, or too large for --kv f16")
+        return out

@@ -20,14 +20,15 @@ def open_ops(device: str, threads: int | None) -> Ops:
     n_cpu = usable_cpus()
     if threads is not None and not 1 <= threads <= n_cpu:
         raise UsageError(f"--threads {threads} is out of range (1 to {n_cpu}, the CPUs this process may use)")
-    threads = threads or physical_cores()
     if device == "reference":
         from .reference import ReferenceOps
 
         return ReferenceOps()
-    from kernels_cpu import CpuOps
+    from kernels_cpu import CpuOps, most_threads
 
-    return CpuOps(threads)
+    if most_threads() == 0:
+        raise UsageError("NUMBA_DISABLE_JIT is set, and the CPU kernels must be compiled; or use --device reference")
+    return CpuOps(min(threads or physical_cores(), most_threads()))
 
 
 def usable_cpus() -> int:

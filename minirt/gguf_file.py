@@ -23,7 +23,7 @@ import numpy as np
 
 from .errors import ModelError
 
-METADATA_LIMIT = 100 << 20  # bytes before the tensor data; the largest tokenizers take 20 MB
+METADATA_LIMIT = 64 << 20  # bytes before the tensor data; the largest tokenizers take 20 MB
 MAX_ENTRIES = 1 << 16  # keys, and tensors; a model of 126 layers has 1,100 tensors
 MAX_STRINGS = 1 << 21  # strings in all arrays together; the largest vocabularies with merges have 800,000
 MAX_PARTS = 1000  # files of a split model
@@ -111,9 +111,10 @@ class GGUFFile:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> GGUFFile:
         """Maps and checks the file, and its siblings if it is the first of a split model. Raises ModelError."""
-        file = _read(Path(path))
+        limits = _Limits()
+        file = _read(Path(path), limits)
         n_parts = file.get_int("split.count", 1, low=0, high=MAX_PARTS)
-        return file if n_parts <= 1 else _join(file, n_parts)
+        return file if n_parts <= 1 else _join(file, n_parts, limits)
 
     def close(self) -> None:
         """Forgets the tensors; the mapping goes with the last view of it."""
@@ -198,9 +199,9 @@ def show(value: Value) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def _read(path: Path) -> GGUFFile:
-    """Scans one file. The order of the checks is the order of the file."""
-    scan = _Scan(path, _map(path))
+def _read(path: Path, limits: _Limits) -> GGUFFile:
+    """Scans one file. The order of the checks is the order of the file. What it took is taken from the limits."""
+    scan = _Scan(path, _map(path), limits)
     version, n_tensors, n_keys = scan.header()
 
     metadata: dict[str, Value] = {}
@@ -220,6 +221,8 @@ def _read(path: Path) -> GGUFFile:
             raise scan.error(f"duplicate tensor {show(name)}")
         infos[name] = scan.tensor_info(f"tensor {show(name)}", alignment)
 
+    limits.nbytes -= scan.pos
+    limits.entries -= n_keys + n_tensors
     tensors: dict[str, Tensor] = {}
     previous, previous_end = "", 0
     data_start = -(-scan.pos // alignment) * alignment
@@ -252,7 +255,7 @@ def _map(path: Path) -> mmap.mmap:
     raise ModelError(f"{path}: {what}, expected a GGUF file")
 
 
-def _join(first: GGUFFile, n_parts: int) -> GGUFFile:
+def _join(first: GGUFFile, n_parts: int, limits: _Limits) -> GGUFFile:
     """The whole of a split model, from its first part: the tensors of all parts under the metadata of the first."""
 
     def invalid(text: str) -> ModelError:
@@ -271,7 +274,7 @@ def _join(first: GGUFFile, n_parts: int) -> GGUFFile:
         path = first.path.with_name(name)
         if not path.exists():
             raise invalid(f"part {i + 1} of {n_parts} is missing: {name}")
-        other = _read(path)
+        other = _read(path, limits)
         found = (other.metadata.get("split.no"), other.metadata.get("split.count"))
         if found != (i, n_parts):
             raise invalid(f"{name} has split.no, split.count = {show(found)}, expected {(i, n_parts)}")
@@ -284,13 +287,22 @@ def _join(first: GGUFFile, n_parts: int) -> GGUFFile:
     return GGUFFile(first.path, first.version, dict(first.metadata), tensors)
 
 
+@dataclass
+class _Limits:
+    """What reading a model may still take, all its parts together."""
+
+    nbytes: int = METADATA_LIMIT
+    strings: int = MAX_STRINGS
+    entries: int = 2 * MAX_ENTRIES  # keys and tensors
+
+
 class _Scan:
     """A cursor over a mapped file. Every read is checked against the end first."""
 
-    def __init__(self, path: Path, data: mmap.mmap):
+    def __init__(self, path: Path, data: mmap.mmap, limits: _Limits):
         self.path, self.data, self.pos = path, data, 0
-        self.end = min(len(data), METADATA_LIMIT)
-        self.strings_left = MAX_STRINGS
+        self.end = min(len(data), limits.nbytes)
+        self.limits = limits
 
     def error(self, text: str) -> ModelError:
         return ModelError(f"{self.path}: {text}")
@@ -336,8 +348,9 @@ class _Scan:
             if int.from_bytes(version.to_bytes(4, "little"), "big") in (1, 2, 3):
                 raise self.error("this GGUF file is big-endian, expected a little-endian one")
             raise self.error(f"GGUF version is {version}, expected 2 or 3")
-        n_tensors = self.count("number of tensors", 8 + 4 + 8 + 4 + 8, MAX_ENTRIES)
-        return version, n_tensors, self.count("number of keys", 8 + 4 + 1, MAX_ENTRIES)
+        most = min(MAX_ENTRIES, self.limits.entries)
+        n_tensors = self.count("number of tensors", 8 + 4 + 8 + 4 + 8, most)
+        return version, n_tensors, self.count("number of keys", 8 + 4 + 1, most)
 
     def string(self, what: str) -> str:
         start = self.take(self.u64(what), what)
@@ -357,7 +370,7 @@ class _Scan:
         if kind == _ARRAY:
             raise self.error(f"{what} is an array of arrays, which is not supported")
         if kind == _STRING:
-            return self.strings(self.count(f"{what}: array length", 8, self.strings_left), what)
+            return self.strings(self.count(f"{what}: array length", 8, self.limits.strings), what)
         return self.numbers(kind, self.count(f"{what}: array length", 1, self.end), what)
 
     def numbers(self, kind: int, n: int, what: str) -> np.ndarray:
@@ -373,7 +386,7 @@ class _Scan:
 
     def strings(self, n: int, what: str) -> list[str]:
         """n strings, in a tight loop: vocabularies are most of the time of an open."""
-        self.strings_left -= n
+        self.limits.strings -= n
         data, pos, end, length_at = self.data, self.pos, self.end, _U64.unpack_from
         values: list[str] = []
         try:

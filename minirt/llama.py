@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -94,9 +96,16 @@ class Llama:
         return cls(file, tokenizer, template, decoder, session)
 
     def close(self) -> None:
-        """Lets the file go; the object is of no use afterwards."""
-        del self.decoder, self.session
+        """Lets the file and the template's process go; the object is of no use afterwards."""
+        for name in ("decoder", "session"):
+            self.__dict__.pop(name, None)
+        self.template.close()
         self.file.close()
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("decoder", "session"):
+            raise ModelError("this model is closed")
+        raise AttributeError(f"'Llama' object has no attribute {name!r}")
 
     def __enter__(self) -> Llama:
         return self
@@ -125,7 +134,7 @@ class Llama:
         *,
         max_tokens: int | None = None,
         sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         progress: Progress | None = None,
     ) -> Answer:
         """Continues a text or token ids; iterate over the Answer for its pieces.
@@ -134,7 +143,8 @@ class Llama:
         not computed again. Raises ModelError, at the first piece, if the prompt is empty or too long.
         """
         tokens = self.tokenize(prompt) if isinstance(prompt, str) else self._checked(prompt)
-        return Answer(self.session, self.tokenizer, tokens, sampling or Sampling(), max_tokens, stop, progress)
+        stops = (stop,) if isinstance(stop, str) else stop
+        return Answer(self.session, self.tokenizer, tokens, sampling or Sampling(), max_tokens, stops, progress)
 
     def generate(
         self,
@@ -142,7 +152,7 @@ class Llama:
         *,
         max_tokens: int | None = None,
         sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Answer:
         """As `stream`, run to its end: read .text, .tokens, .finish_reason and .timings."""
         return self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop).finish()
@@ -158,7 +168,7 @@ class Llama:
         *,
         max_tokens: int | None = None,
         sampling: Sampling | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
     ) -> Answer:
         """The assistant's next message: messages are {"role": "system"|"user"|"assistant", "content": text}."""
         return self.generate(self.chat_prompt(messages), max_tokens=max_tokens, sampling=sampling, stop=stop)
@@ -175,10 +185,11 @@ class Llama:
         return logits
 
     def _checked(self, tokens: Sequence[int]) -> list[int]:
-        for token in tokens:
+        ids = [operator.index(t) for t in tokens]
+        for token in ids:
             if not 0 <= token < self.config.n_vocab:
                 raise ModelError(f"token id {token} is out of range (0 to {self.config.n_vocab - 1})")
-        return [int(t) for t in tokens]
+        return ids
 
 
 def default_model_path() -> Path:
@@ -200,5 +211,7 @@ def bytes_per_token(weights: Weights) -> int:
 
 
 def physical_memory() -> int:
-    """Bytes of memory in this machine."""
+    """Bytes of memory in this machine; where the system does not say, more than any has."""
+    if not hasattr(os, "sysconf"):
+        return 2**63
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

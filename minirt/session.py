@@ -10,7 +10,7 @@ import numpy as np
 
 from .cache import Cache
 from .decoder import Decoder
-from .errors import ModelError
+from .errors import ModelError, UsageError
 from .sampling import Sampler
 
 PREFILL_CHUNK = 512  # tokens: large enough for matrix products to run at full speed, small enough to show progress
@@ -78,11 +78,13 @@ class Session:
 
         A token is in the cache only once the next one is asked for, so the last one costs nothing.
         """
-        recent = list(self.tokens)
+        recent, begun = list(self.tokens), self.timings
         for i in range(max_tokens):
             token = sampler(logits, recent)
             recent.append(token)
             yield token
+            if self.timings is not begun:
+                raise UsageError("another answer was begun in this session; this one cannot go on")
             if i + 1 == max_tokens or len(self.tokens) == self.n_ctx:
                 return
             logits = self.step(token)
@@ -90,6 +92,7 @@ class Session:
     def reset(self) -> None:
         """Forgets everything."""
         self._rewind(0)
+        self.timings = Timings()
 
     def _rewind(self, n: int) -> int:
         """Keeps the first n tokens at most. Also heals a cache that an interrupt left ahead of `tokens`."""

@@ -429,21 +429,21 @@ def header(n_tensors: int, n_keys: int) -> bytes:
 @pytest.mark.parametrize(
     ("head", "line"),
     [
-        (header(0, 1) + text("x") + struct.pack("<IQ", 8, 2 << 30), "key 'x' goes beyond the 100 MiB allowed"),
+        (header(0, 1) + text("x") + struct.pack("<IQ", 8, 2 << 30), "key 'x' goes beyond the 64 MiB allowed"),
         (
             header(0, 1) + text("x") + struct.pack("<IIQ", 9, 0, 2 << 30),
-            "array length 2147483648 goes beyond the 100 MiB",
+            "array length 2147483648 goes beyond the 64 MiB",
         ),
-        (header(0, 1) + text("x") + struct.pack("<IIQ", 9, 8, 12 << 20), "array length is 12582912, expected at most"),
-        (header(0, 1) + text("x") + struct.pack("<IIQQ", 9, 8, 2, 1 << 30), "string 0 goes beyond the 100 MiB allowed"),
-        (header(0, 1) + struct.pack("<Q", 2 << 30), "a key goes beyond the 100 MiB allowed for metadata"),
+        (header(0, 1) + text("x") + struct.pack("<IIQ", 9, 8, 4 << 20), "array length is 4194304, expected at most"),
+        (header(0, 1) + text("x") + struct.pack("<IIQQ", 9, 8, 2, 1 << 30), "string 0 goes beyond the 64 MiB allowed"),
+        (header(0, 1) + struct.pack("<Q", 2 << 30), "a key goes beyond the 64 MiB allowed for metadata"),
         (header(0, 1 << 22), "number of keys is 4194304, expected at most 65536"),
-        (header(1 << 21, 0), "number of tensors is 2097152, expected at most 65536"),
-        (header(0, 1 << 40), "number of keys 1099511627776 goes beyond the 100 MiB"),
+        (header(1 << 20, 0), "number of tensors is 1048576, expected at most 65536"),
+        (header(0, 1 << 40), "number of keys 1099511627776 goes beyond the 64 MiB"),
     ],
 )
 def test_giant(tmp_path: Path, head: bytes, line: str) -> None:
-    assert METADATA_LIMIT == 100 << 20
+    assert METADATA_LIMIT == 64 << 20
     assert line in refusal(sparse(tmp_path / "model.gguf", head, 3 << 30))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import make_gguf
 import numpy as np
 import pytest
 
@@ -102,3 +103,45 @@ def test_chat_is_the_template_and_stops_at_its_end(smollm2: Path) -> None:
 def test_the_default_model_knows_paris(smollm2: Path) -> None:
     with Llama.load(n_ctx=64) as llama:
         assert "Paris" in llama.generate("The capital of France is", max_tokens=8, sampling=GREEDY).text
+
+
+def test_closing_twice_is_closing_once(tiny: Path) -> None:
+    with Llama.load(tiny, n_ctx=32) as llama:
+        llama.close()
+    with pytest.raises(ModelError, match="this model is closed"):
+        llama.generate("x")
+    with pytest.raises(AttributeError, match="decoders"):
+        _ = llama.decoders
+
+
+def test_a_session_gives_one_answer_at_a_time(tiny: Path) -> None:
+    with Llama.load(tiny, n_ctx=64) as llama:
+        first = llama.stream("hello", max_tokens=10, sampling=GREEDY)
+        next(first)
+        other = llama.generate("another", max_tokens=3, sampling=GREEDY)
+        with pytest.raises(UsageError, match="another answer was begun"):
+            first.finish()
+        assert other.timings.tokens == len(other.tokens) - 1
+        assert llama.generate("x", max_tokens=5, sampling=GREEDY).timings.tokens <= 4
+        assert other.timings.tokens == len(other.tokens) - 1
+
+
+def test_a_stop_may_be_one_string(tiny: Path) -> None:
+    with Llama.load(tiny, n_ctx=64) as llama:
+        text = llama.generate("hello", max_tokens=12, sampling=GREEDY).text
+        stop = text[2:4]
+        assert llama.generate("hello", max_tokens=12, sampling=GREEDY, stop=stop).text == text[: text.find(stop)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_damaged_weights_are_one_clear_error(tmp_path: Path, device: str) -> None:
+    model = make_gguf.tiny()
+    embeddings = model.tensors["token_embd.weight"]
+    values = np.frombuffer(embeddings.data, np.uint8).copy()
+    values[:] = 0xFF  # NaN, whatever the float type
+    embeddings.data = values.tobytes()
+    with (
+        Llama.load(model.write(tmp_path / "nan.gguf"), n_ctx=32, device=device) as llama,
+        pytest.raises(ModelError, match="the logits are not finite"),
+    ):
+        llama.generate("hello", max_tokens=3)
