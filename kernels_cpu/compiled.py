@@ -18,7 +18,6 @@ from typing import Any
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import numba
-from numba.core import event
 
 # Sums may be reordered into vector lanes; infinities and NaN keep their meaning.
 _OPTIONS = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
@@ -86,22 +85,6 @@ def serial(function: Callable[..., Any]) -> Any:
 def parallel(function: Callable[..., Any]) -> Any:
     """Compiles a kernel whose `prange` loops run on all threads."""
     return _compiled(function, parallel=True)
-
-
-class _Listener(event.Listener):
-    def __init__(self, callback: Callable[[str], None]):
-        self.callback = callback
-
-    def on_start(self, event: Any) -> None:
-        self.callback(event.data["dispatcher"].py_func.__name__)
-
-    def on_end(self, event: Any) -> None:
-        pass
-
-
-def on_compile(callback: Callable[[str], None]) -> None:
-    """Calls back with a kernel's name whenever one has to be compiled; those found on disk make no call."""
-    event.register("numba:compile", _Listener(callback))
 
 
 def most_threads() -> int:

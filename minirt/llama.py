@@ -120,9 +120,25 @@ class Llama:
         """Tokens the session can hold."""
         return self.session.n_ctx
 
+    def warm_up(self) -> None:
+        """Compiles the kernels this model needs, or fetches those compiled before: otherwise the first answer does.
+
+        Raises ModelError if the model's logits are not finite.
+        """
+        d, plan = self.decoder, self.session.cache.plan
+        small = d.policy.plan(self.config, MIN_CONTEXT, plan.k_store, plan.v_store)
+        cache = allocate_cache(small, self.config, d.ops)
+        d.prefill(cache, [0] * (MIN_CONTEXT - 1))
+        d.decode(cache, [0])
+
     def tokenize(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
         """Text -> token ids. add_bos: None = as the file says; parse_special: special tokens in the text are tokens."""
         return self.tokenizer.encode(text, add_bos=add_bos, parse_special=parse_special)
+
+    def prompt_tokens(self, text: str, *, parse_special: bool = False) -> list[int]:
+        """As `tokenize`, for a text that is to be answered: ModelError if it cannot fit, before time is spent on it."""
+        self._check_length(text)
+        return self.tokenize(text, parse_special=parse_special)
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """Token ids -> text; bytes that are not UTF-8 become U+FFFD. special: show special tokens too."""
@@ -142,7 +158,7 @@ class Llama:
         max_tokens: None = until the model ends or the context is full. What the session already holds of the prompt is
         not computed again. Raises ModelError, at the first piece, if the prompt is empty or too long.
         """
-        tokens = self.tokenize(prompt) if isinstance(prompt, str) else self._checked(prompt)
+        tokens = self.prompt_tokens(prompt) if isinstance(prompt, str) else self._checked(prompt)
         stops = (stop,) if isinstance(stop, str) else stop
         return Answer(self.session, self.tokenizer, tokens, sampling or Sampling(), max_tokens, stops, progress)
 
@@ -160,6 +176,7 @@ class Llama:
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a conversation, ready for the assistant's turn, by the model's chat template."""
         text = self.template.render([dict(m) for m in messages], add_generation_prompt=True)
+        self._check_length(text)
         return self.tokenizer.encode_chat(text)
 
     def chat(
@@ -183,6 +200,13 @@ class Llama:
         logits = d.prefill(allocate_cache(plan, self.config, d.ops), tokens, logits="all")
         assert logits is not None
         return logits
+
+    def _check_length(self, text: str) -> None:
+        size, most = len(text.encode(errors="surrogatepass")), self.n_ctx * self.tokenizer.longest
+        if size > most:
+            raise ModelError(
+                f"the prompt has {size} bytes, the context of {self.n_ctx} tokens holds at most {most} (see --ctx)"
+            )
 
     def _checked(self, tokens: Sequence[int]) -> list[int]:
         ids = [operator.index(t) for t in tokens]

@@ -11,6 +11,7 @@ What a BPE vocabulary cannot spell (SmolLM2 lacks some control characters) is le
 from __future__ import annotations
 
 import codecs
+import functools
 import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
@@ -61,6 +62,11 @@ class Tokenizer:
     ) -> Tokenizer:
         """Build from `tokenizer.ggml.*`. Raises ModelError, also where the file has no tokenizer at all."""
         return cls(Vocabulary.from_metadata(metadata, path, warn), path)
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """Bytes that no token's text exceeds: with it a text that is too long is refused without encoding it."""
+        return max(len(text.encode()) for text in self.vocab.tokens)
 
     # Text to ids
 

@@ -77,6 +77,17 @@ def test_unusable_files(tmp_path: Path) -> None:
         Llama.load(tmp_path / "nothing.gguf")
 
 
+def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(tiny: Path) -> None:
+    with Llama.load(tiny, n_ctx=32) as llama:
+        most = 32 * llama.tokenizer.longest
+        with pytest.raises(
+            ModelError, match=f"the prompt has {most + 1} bytes, the context of 32 tokens holds at most"
+        ):
+            llama.stream("a" * (most + 1))
+        with pytest.raises(ModelError, match="the context holds 32"):
+            llama.generate("a" * most)
+
+
 def test_token_ids_are_checked(tiny: Path) -> None:
     with Llama.load(tiny, n_ctx=32) as llama:
         for call in (llama.logits, llama.generate):

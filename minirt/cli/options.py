@@ -59,24 +59,12 @@ class Engine:
                 chat_template=self.chat_template,
                 progress=progress,
             )
-        if llama.decoder.ops.name == "cpu":
-            announce_compilation()
+        with Progress("compiling kernels for this CPU"):
+            llama.warm_up()
         if llama.n_ctx > llama.config.n_ctx_train:
             trained = llama.config.n_ctx_train
             say(f"minirt: --ctx {llama.n_ctx} is more than the {trained} tokens the model was trained for")
         return llama
-
-
-@functools.cache
-def announce_compilation() -> None:
-    """From now on the first kernel that has to be compiled is said, once: the first run takes seconds longer."""
-    from kernels_cpu import on_compile
-
-    @functools.cache
-    def said() -> None:
-        say("minirt: compiling kernels for this CPU; they are kept for the next time")
-
-    on_compile(lambda name: said())
 
 
 def engine_options(n_ctx: int = 0, templates: bool = True) -> Callable[[Command], Callable[..., Any]]:

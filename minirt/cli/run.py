@@ -62,7 +62,7 @@ def run(
             messages = [{"role": "system", "content": system}] if system else []
             tokens = llama.chat_prompt([*messages, {"role": "user", "content": text}])
         else:
-            tokens = llama.tokenize(text, parse_special=special)
+            tokens = llama.prompt_tokens(text, parse_special=special)
         with Progress("reading the prompt", " tokens") as progress:
             answer = llama.stream(tokens, max_tokens=max_tokens, sampling=sampling, stop=stop, progress=progress)
             show_answer(llama, answer, progress, stats)
