@@ -1,5 +1,7 @@
 """The compiled kernels. They trust their callers: `kernels_cpu.ops` checks every shape and index first.
 
+Parallel ones are for a decode step, where a launch may only cost microseconds; serial ones are the pieces of prefill,
+which `kernels_cpu.ops` shares out itself.
 Threads share out whole rows or tasks whose number they do not decide, so results are the same for any thread count.
 """
 
@@ -68,13 +70,11 @@ def multiply_rows(w, x, out, parts):  # type: ignore[no-untyped-def]
                 out[i, r] = dot_row(w, r, x, i)
 
 
-@parallel
-def decode_panels(w, out, parts):  # type: ignore[no-untyped-def]
+@serial
+def decode_panels(w, out):  # type: ignore[no-untyped-def]
     """out [n_in, 16 panels] = w.T as float32."""
-    panels = w.shape[0]
-    for part in prange(parts):
-        for p in range(panels * part // parts, panels * (part + 1) // parts):
-            decode_panel(w, p, out, p)
+    for p in range(len(w)):
+        decode_panel(w, p, out, p)
 
 
 @parallel
@@ -93,13 +93,11 @@ def interleave(rows, out, parts):  # type: ignore[no-untyped-def]
                             out[p, block, k, r] = 0
 
 
-@parallel
-def decode_rows(w, out, parts):  # type: ignore[no-untyped-def]
+@serial
+def decode_rows(w, out):  # type: ignore[no-untyped-def]
     """out [rows, n_in] = w as float32."""
-    rows = w.shape[0]
-    for part in prange(parts):
-        for r in range(rows * part // parts, rows * (part + 1) // parts):
-            decode_row(w, r, out, r)
+    for r in range(len(w)):
+        decode_row(w, r, out, r)
 
 
 @serial
@@ -122,11 +120,11 @@ def rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
             out[i, j] = x[i, j] * scale * weight[j]
 
 
-@parallel
+@serial
 def silu_times(gate, up):  # type: ignore[no-untyped-def]
     """gate [N, n_ff] = silu(gate) * up, in place."""
     rows, n = gate.shape
-    for i in prange(rows):
+    for i in range(rows):
         for j in range(n):
             g = gate[i, j]
             gate[i, j] = g / (np.float32(1.0) + exp(-g)) * up[i, j]
@@ -196,7 +194,7 @@ def attend(q, k, v, first, stop, scale, parts, vectors, heads, out):  # type: ig
                     out[b, h, j] /= mass
 
 
-@parallel
+@serial
 def softmax_tile(scores, largest, total, sums, group, start, tile, window):  # type: ignore[no-untyped-def]
     """A tile of prefill scores [T * group, width] becomes unnormalised probabilities, in place.
 
@@ -204,7 +202,7 @@ def softmax_tile(scores, largest, total, sums, group, start, tile, window):  # t
     window are masked. Updates the row's running maximum and sum, and rescales its output so far, sums [T * group, d].
     """
     rows, width = scores.shape
-    for i in prange(rows):
+    for i in range(rows):
         slot = start + i // group
         end = min(width, slot + 1 - tile)
         begin = max(0, slot + 1 - window - tile) if window > 0 else 0

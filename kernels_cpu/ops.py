@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numba
 import numpy as np
@@ -22,7 +24,8 @@ from .ir_vectors import LANES
 from .panels import PANEL_DTYPES
 
 FEW_ROWS = 4  # up to here a weight is multiplied block by block; beyond, a decoded panel and BLAS are faster
-PANEL_BYTES = 8 << 20  # of decoded weights at a time
+TASKS_PER_THREAD = 2  # of a weight in prefill
+DECODED_BYTES = 4 << 20  # of a weight in one task
 QUERY_TILE = 128  # prompt tokens scored at a time: the causal half of what they cannot see is mostly never computed
 KEY_TILE = 1024  # cached rows decoded at a time in prefill
 PARTS_PER_THREAD = 4  # of a weight, so that a thread that lost its core for a moment does not hold up the rest
@@ -56,14 +59,19 @@ class PanelMatrix:
 
 
 class CpuOps:
-    """The CPU. BLAS is one for the whole process: the device made last decides how many threads it takes."""
+    """The CPU.
+
+    A decode step runs kernels that are parallel themselves. Prefill is cut into tasks for a pool of threads, each of
+    which calls BLAS on its own: BLAS's threads and the kernels' would take the cores from one another.
+    """
 
     name = "cpu"
 
     def __init__(self, threads: int):
         self.threads = threads
         self._parts = threads * PARTS_PER_THREAD
-        self._blas = ThreadpoolController().limit(limits=threads, user_api="blas")
+        self._blas = ThreadpoolController()
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="minirt") if threads > 1 else None
 
     def vector(self, values: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(values, np.float32)
@@ -101,7 +109,7 @@ class CpuOps:
         biases: Sequence[np.ndarray | None],
     ) -> list[np.ndarray]:
         h = _rms_norm(x, norm, eps)
-        out = [self._multiply(h, m) for m in matrices]
+        out = self._multiply(h, *matrices)
         for o, bias in zip(out, biases, strict=True):
             if bias is not None:
                 o += bias
@@ -109,19 +117,29 @@ class CpuOps:
 
     def gated(self, x: np.ndarray, norm: np.ndarray, eps: float, gate: Matrix, up: Matrix) -> np.ndarray:
         _check(gate.shape == up.shape, "gate", gate.shape, up.shape)
+        _check(gate.shape[1] == x.shape[1], "activations", x.shape, gate.shape)
         h = _rms_norm(x, norm, eps)
-        if len(x) <= FEW_ROWS and isinstance(gate, PanelMatrix) and isinstance(up, PanelMatrix):
-            _check(gate.shape[1] == x.shape[1], "activations", x.shape, gate.shape)
-            out = np.empty((len(x), LANES * len(gate.panels)), np.float32)
-            kernels.gated_panels(gate.panels, up.panels, h, out, self._parts)
-            return _columns(out, gate.shape[0])
-        out = self._multiply(h, gate)
-        kernels.silu_times(out, self._multiply(h, up))
+        if len(x) <= FEW_ROWS:
+            if isinstance(gate, PanelMatrix) and isinstance(up, PanelMatrix):
+                out = np.empty((len(x), LANES * len(gate.panels)), np.float32)
+                kernels.gated_panels(gate.panels, up.panels, h, out, self._parts)
+                return _columns(out, gate.shape[0])
+            out = self._multiply_few(h, gate)
+            kernels.silu_times(out, self._multiply_few(h, up))
+            return out
+        out = np.empty((len(x), gate.shape[0]), np.float32)
+
+        def columns(part: slice) -> None:
+            product = h @ _decoded(gate, part)
+            kernels.silu_times(product, h @ _decoded(up, part))
+            out[:, part] = product
+
+        self._share(columns, _parts_of(gate, self.threads))
         return out
 
     def add_linear(self, x: np.ndarray, h: np.ndarray, matrix: Matrix) -> None:
         _check(x.shape == (len(h), matrix.shape[0]), "residual", x.shape, h.shape)
-        x += self._multiply(np.ascontiguousarray(h), matrix)
+        x += self._multiply(np.ascontiguousarray(h), matrix)[0]
 
     def norm_heads(self, x: np.ndarray, norm: np.ndarray, eps: float) -> None:
         _check(norm.shape == x.shape[2:] and x.flags.c_contiguous, "norm", norm.shape, x.shape)
@@ -169,58 +187,86 @@ class CpuOps:
         group = n_head // n_head_kv
         q = q.reshape(n, n_head_kv, group, width) / np.float32(math.sqrt(d))
         out = np.empty_like(q)
-        for t in range(0, n, QUERY_TILE):
-            stop = min(t + QUERY_TILE, n)
-            first = max(0, start + t + 1 - window) if window else 0
-            for h in range(n_head_kv):
-                out[t:stop, h] = self._attend_tile(
-                    q[t:stop, h], KV(kv.k[seq, h], kv.v[seq, h]), start + t, first, window
-                )
+
+        def tile(part: tuple[int, int]) -> None:
+            t, h = part
+            queries, first = q[t : t + QUERY_TILE, h], max(0, start + t + 1 - window) if window else 0
+            out[t : t + QUERY_TILE, h] = _attend_tile(queries, KV(kv.k[seq, h], kv.v[seq, h]), start + t, first, window)
+
+        # The last queries see the most keys: the longest tasks first.
+        self._share(tile, [(t, h) for t in reversed(range(0, n, QUERY_TILE)) for h in range(n_head_kv)])
         return _columns(out.reshape(n, n_head, width), d)
 
-    def _attend_tile(self, q: np.ndarray, kv: KV, start: int, first: int, window: int) -> np.ndarray:
-        """A few queries [T, g, d] from slot `start` on, and the keys and values [slots, blocks] of their KV head."""
-        n, group, width = q.shape
-        queries = q.reshape(n * group, width)
-        sums = np.zeros((n * group, width), np.float32)
-        largest = np.full(n * group, -np.inf, np.float32)
-        total = np.zeros(n * group, np.float32)
-        for tile in range(first, start + n, KEY_TILE):
-            rows = slice(tile, min(tile + KEY_TILE, start + n))
-            scores = queries @ self._decode(kv.k[rows], width).T
-            kernels.softmax_tile(scores, largest, total, sums, group, start, tile, window)
-            sums += scores @ self._decode(kv.v[rows], width)
-        return (sums / total[:, None]).reshape(n, group, width)
-
-    def _multiply(self, x: np.ndarray, matrix: Matrix) -> np.ndarray:
-        """x [N, n_in] @ matrix.T: [N, n_out]."""
-        n_out, n_in = matrix.shape
-        _check(x.shape[1] == n_in, "activations", x.shape, matrix.shape)
+    def _multiply(self, x: np.ndarray, *matrices: Matrix) -> list[np.ndarray]:
+        """x [N, n_in] @ matrix.T for each matrix: [N, n_out]."""
+        for m in matrices:
+            _check(x.shape[1] == m.shape[1], "activations", x.shape, m.shape)
         if len(x) <= FEW_ROWS:
-            if isinstance(matrix, PanelMatrix):
-                out = np.empty((len(x), LANES * len(matrix.panels)), np.float32)
-                kernels.multiply_panels(matrix.panels, x, out, self._parts)
-                return _columns(out, n_out)
-            out = np.empty((len(x), n_out), np.float32)
-            kernels.multiply_rows(matrix.rows, x, out, self._parts)
-            return out
+            return [self._multiply_few(x, m) for m in matrices]
+        outs = [np.empty((len(x), m.shape[0]), np.float32) for m in matrices]
+
+        def columns(task: tuple[np.ndarray, Matrix, slice]) -> None:
+            out, matrix, part = task
+            np.matmul(x, _decoded(matrix, part), out=out[:, part])
+
+        parts = zip(outs, matrices, strict=True)
+        self._share(columns, [(out, m, part) for out, m in parts for part in _parts_of(m, self.threads)])
+        return outs
+
+    def _multiply_few(self, x: np.ndarray, matrix: Matrix) -> np.ndarray:
+        n_out = matrix.shape[0]
+        if isinstance(matrix, PanelMatrix):
+            out = np.empty((len(x), LANES * len(matrix.panels)), np.float32)
+            kernels.multiply_panels(matrix.panels, x, out, self._parts)
+            return _columns(out, n_out)
         out = np.empty((len(x), n_out), np.float32)
-        step = max(1, PANEL_BYTES // (4 * LANES * n_in)) * LANES
-        for r in range(0, n_out, step):
-            width = min(step, n_out - r)
-            if isinstance(matrix, PanelMatrix):
-                panels = matrix.panels[r // LANES : (r + step) // LANES]
-                decoded = np.empty((n_in, LANES * len(panels)), np.float32)
-                kernels.decode_panels(panels, decoded, self._parts)
-                np.matmul(x, decoded[:, :width], out=out[:, r : r + width])
-            else:
-                np.matmul(x, self._decode(matrix.rows[r : r + width], n_in).T, out=out[:, r : r + width])
+        kernels.multiply_rows(matrix.rows, x, out, self._parts)
         return out
 
-    def _decode(self, rows: np.ndarray, d: int) -> np.ndarray:
-        out = np.empty((len(rows), d), np.float32)
-        kernels.decode_rows(rows, out, self._parts)
-        return out
+    def _share(self, work: Callable[[Any], None], tasks: Sequence[Any]) -> None:
+        """Does work(task) for every task, on all threads, with BLAS on one thread in each."""
+        with self._blas.limit(limits=1, user_api="blas"):
+            for _ in self._pool.map(work, tasks) if self._pool else map(work, tasks):
+                pass
+
+
+def _parts_of(matrix: Matrix, threads: int) -> list[slice]:
+    """Rows of a weight for each task: a few tasks a thread, whole panels, not too much to decode at once."""
+    n_out, n_in = matrix.shape
+    step = min(-(-n_out // (TASKS_PER_THREAD * threads)), DECODED_BYTES // (4 * n_in))
+    step = max(_whole_vectors(step), LANES)
+    return [slice(r, min(r + step, n_out)) for r in range(0, n_out, step)]
+
+
+def _decoded(matrix: Matrix, rows: slice) -> np.ndarray:
+    """Rows of a weight, float32 and transposed: [n_in, rows]. They begin at a panel."""
+    if isinstance(matrix, Table):
+        return _decode(matrix.rows[rows], matrix.shape[1]).T
+    panels = matrix.panels[rows.start // LANES : -(-rows.stop // LANES)]
+    out = np.empty((matrix.shape[1], LANES * len(panels)), np.float32)
+    kernels.decode_panels(panels, out)
+    return out[:, : rows.stop - rows.start]
+
+
+def _decode(rows: np.ndarray, n: int) -> np.ndarray:
+    out = np.empty((len(rows), n), np.float32)
+    kernels.decode_rows(rows, out)
+    return out
+
+
+def _attend_tile(q: np.ndarray, kv: KV, start: int, first: int, window: int) -> np.ndarray:
+    """A few queries [T, g, d] from slot `start` on, and the keys and values [slots, blocks] of their KV head."""
+    n, group, width = q.shape
+    queries = q.reshape(n * group, width)
+    sums = np.zeros((n * group, width), np.float32)
+    largest = np.full(n * group, -np.inf, np.float32)
+    total = np.zeros(n * group, np.float32)
+    for tile in range(first, start + n, KEY_TILE):
+        rows = slice(tile, min(tile + KEY_TILE, start + n))
+        scores = queries @ _decode(kv.k[rows], width).T
+        kernels.softmax_tile(scores, largest, total, sums, group, start, tile, window)
+        sums += scores @ _decode(kv.v[rows], width)
+    return (sums / total[:, None]).reshape(n, group, width)
 
 
 def _whole_vectors(n: int) -> int:

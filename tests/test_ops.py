@@ -77,8 +77,8 @@ def test_decoding_is_exact(ops: Any, name: str) -> None:
     assert np.array_equal(ops.embed(ops.table(tensor), rows), TRUTH.embed(TRUTH.table(tensor), rows))
 
 
-def test_a_weight_larger_than_a_panel(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_ops, "PANEL_BYTES", 4 * 256 * 16)
+def test_a_weight_in_many_parts(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_ops, "DECODED_BYTES", 4 * 256 * 16)
     tensor, x = random_tensor("Q4_0", 37, 256), normal(9, 256)
     ours, truth = np.zeros((9, 37), np.float32), np.zeros((9, 37), np.float32)
     ops.add_linear(ours, x, ops.matrix(tensor))
