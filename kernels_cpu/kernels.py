@@ -45,6 +45,23 @@ def multiply_panels(w, x, out, parts):  # type: ignore[no-untyped-def]
 
 
 @parallel
+def multiply_three(a, b, c, x, out_a, out_b, out_c, parts):  # type: ignore[no-untyped-def]
+    """As multiply_panels for three weights in one launch: queries, keys and values."""
+    n_a, n_b = len(a), len(b)
+    panels = n_a + n_b + len(c)
+    for part in prange(parts):
+        sums = _sums_of_16(x)
+        for p in range(panels * part // parts, panels * (part + 1) // parts):
+            for i in range(x.shape[0]):
+                if p < n_a:
+                    dot_panel(a, p, x, sums, i, out_a)
+                elif p < n_a + n_b:
+                    dot_panel(b, p - n_a, x, sums, i, out_b)
+                else:
+                    dot_panel(c, p - n_a - n_b, x, sums, i, out_c)
+
+
+@parallel
 def gated_panels(gate, up, x, out, parts):  # type: ignore[no-untyped-def]
     """out [N, 16 panels] = silu(x @ gate.T) * (x @ up.T) for a few rows of x."""
     panels = gate.shape[0]

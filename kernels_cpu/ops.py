@@ -202,6 +202,10 @@ class CpuOps:
         for m in matrices:
             _check(x.shape[1] == m.shape[1], "activations", x.shape, m.shape)
         if len(x) <= FEW_ROWS:
+            if len(matrices) == 3 and all(isinstance(m, PanelMatrix) for m in matrices):
+                outs = [np.empty((len(x), LANES * len(m.panels)), np.float32) for m in matrices]
+                kernels.multiply_three(*(m.panels for m in matrices), x, *outs, self._parts)
+                return [_columns(out, m.shape[0]) for out, m in zip(outs, matrices, strict=True)]
             return [self._multiply_few(x, m) for m in matrices]
         outs = [np.empty((len(x), m.shape[0]), np.float32) for m in matrices]
 
@@ -225,8 +229,13 @@ class CpuOps:
 
     def _share(self, work: Callable[[Any], None], tasks: Sequence[Any]) -> None:
         """Does work(task) for every task, on all threads, with BLAS on one thread in each."""
+
+        def quietly(task: Any) -> None:
+            with np.errstate(all="ignore"):  # each thread has its own; the decoder reports damaged weights, once
+                work(task)
+
         with self._blas.limit(limits=1, user_api="blas"):
-            for _ in self._pool.map(work, tasks) if self._pool else map(work, tasks):
+            for _ in self._pool.map(quietly, tasks) if self._pool else map(quietly, tasks):
                 pass
 
 

@@ -156,3 +156,22 @@ def test_damaged_weights_are_one_clear_error(tmp_path: Path, device: str) -> Non
         pytest.raises(ModelError, match="the logits are not finite"),
     ):
         llama.generate("hello", max_tokens=3)
+
+
+def test_random_damage_reaches_kernels_and_does_no_harm(tmp_path: Path) -> None:
+    """Bytes anywhere in the tensors replaced: an answer or one clear error, never another exception."""
+    good = make_gguf.tiny().to_bytes()
+    rng = np.random.RandomState(7)
+    outcomes = set()
+    for _ in range(60):
+        data = np.frombuffer(good, np.uint8).copy()
+        data[rng.randint(len(data) // 4, len(data), rng.randint(1, 400))] = rng.randint(0, 256)
+        path = tmp_path / "damaged.gguf"
+        path.write_bytes(data.tobytes())
+        try:
+            with Llama.load(path, n_ctx=32) as llama:
+                llama.generate([1, 2, 3], max_tokens=3)
+            outcomes.add("answered")
+        except ModelError:
+            outcomes.add("refused")
+    assert outcomes == {"answered", "refused"}

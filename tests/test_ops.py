@@ -52,6 +52,7 @@ def test_linear_of_every_type(ops: Any, name: str, n: int) -> None:
         grown = normal(n, 37, seed=3)
         device.add_linear(grown, x, m)
         linear = device.norm_linear(x, norm, 1e-5, (m, m), (bias, None))
+        linear += device.norm_linear(x, norm, 1e-5, (m, m, m), (None, None, bias))
         return [device.to_host(a) for a in (grown, *linear, device.gated(x, norm, 1e-5, m, m))]
 
     for o, t in zip(run(ops, ours), run(TRUTH, truth), strict=True):
