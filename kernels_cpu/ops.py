@@ -13,7 +13,7 @@ import numpy as np
 from threadpoolctl import ThreadpoolController
 
 from minirt.checks import check_chunk, check_ranges, check_slots, check_tokens
-from minirt.gguf_file import Tensor
+from minirt.gguf_file import Tensor, release
 from minirt.ops import KV, Matrix
 from minirt.rope import Rope
 from minirt.stores import STORES, Store
@@ -87,6 +87,7 @@ class CpuOps:
         blocks, size = n_in // f.length, f.dtype.itemsize
         panels = np.empty((_whole_vectors(n_out) // LANES, blocks, size, LANES), np.uint8)
         kernels.interleave(tensor.data.reshape(n_out, blocks, size), panels, self._parts)
+        release(tensor)
         records = panels.reshape(len(panels), -1).view(PANEL_DTYPES[tensor.type.name])
         return PanelMatrix(records, (n_out, n_in), tensor.data.nbytes)
 

@@ -88,6 +88,22 @@ class Tensor:
     data: np.ndarray  # uint8 [rows, row_bytes], rows = product of shape[:-1]; read-only view of the mapped file
 
 
+def release(tensor: Tensor) -> None:
+    """Gives the memory of a tensor's pages back, for a device that has made a copy; reading it again fetches them."""
+    base: Any = tensor.data
+    while isinstance(base, (np.ndarray, memoryview)):
+        base = base.base if isinstance(base, np.ndarray) else base.obj
+    if not isinstance(base, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = tensor.data.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
+    first, stop = (
+        -(-start // mmap.PAGESIZE) * mmap.PAGESIZE,
+        (start + tensor.data.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE,
+    )
+    if first < stop:
+        base.madvise(mmap.MADV_DONTNEED, first, stop - first)
+
+
 class _Required:
     """The default of a key that must be in the file."""
 

@@ -12,7 +12,7 @@ import pytest
 from make_gguf import F32, Entry, Gguf, ones, tiny, weight
 
 from minirt.errors import ModelError
-from minirt.gguf_file import TENSOR_TYPES, GGUFFile, show
+from minirt.gguf_file import TENSOR_TYPES, GGUFFile, release, show
 
 KEYS = {
     "a.u8": ("u8", 255),
@@ -41,6 +41,29 @@ KEYS = {
 @pytest.fixture
 def file(tmp_path: Path) -> GGUFFile:
     return GGUFFile.open(Gguf(dict(KEYS)).write(tmp_path / "keys.gguf"))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="needs /proc")
+def test_released_pages_are_given_back(smollm2: Path) -> None:
+    def resident() -> int:
+        lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("Rss:"))  # KiB
+
+    with GGUFFile.open(smollm2) as file:
+        tensor = file.tensors["token_embd.weight"]
+        assert tensor.data.sum() > 0
+        before = resident()
+        release(tensor)
+        assert resident() < before - 0.8 * tensor.data.nbytes / 1024
+
+
+def test_released_pages_can_be_read_again(tmp_path: Path) -> None:
+    path = tiny().write(tmp_path / "m.gguf")
+    with GGUFFile.open(path) as file:
+        for tensor in file.tensors.values():
+            before = tensor.data.copy()
+            release(tensor)
+            assert np.array_equal(tensor.data, before)
 
 
 def test_every_kind_of_value(file: GGUFFile) -> None:
