@@ -48,7 +48,7 @@ class ChatTemplate:
     def __init__(self, source: str, bos: str = "", eos: str = "", origin: str = "chat template") -> None:
         self.source, self.bos, self.eos, self.origin = source, bos, eos, origin
         if len(source) > MAX_SOURCE:
-            raise ModelError(f"{origin}: {len(source)} characters, at most {MAX_SOURCE} are supported")
+            raise ModelError(f"{origin}: larger than {MAX_SOURCE >> 10} KiB, the most that is supported")
         self._lock = threading.Lock()
         self._worker: _Worker | None = None
 
@@ -57,11 +57,18 @@ class ChatTemplate:
         with self._lock:
             self._worker = self._worker or _Worker(self.origin)
 
+    def close(self) -> None:
+        """Ends the worker; rendering again starts another."""
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
+
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **extra: Any) -> str:
         """The text of a conversation, special tokens spelled out; `messages` are {"role": ..., "content": ...}.
 
         `extra` is what else the template may ask for (tools, documents, enable_thinking ...), of JSON's types.
-        Raises ModelError: malformed, refuses the conversation, or takes over 2 s, 512 MB or 4 M characters of output.
+        Raises ModelError: malformed, refuses the conversation, prints nothing or half a character, or takes over 2 s,
+        512 MB or 4 M characters of output.
         """
         context = {"tools": None, "documents": None, "bos_token": self.bos, "eos_token": self.eos, **extra}
         context |= {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
@@ -77,7 +84,14 @@ class ChatTemplate:
             self._worker = worker
         if "text" not in answer:
             raise ModelError(f"{self.origin}: {_one_line(answer['error'])}")
-        return str(answer["text"])
+        text = str(answer["text"])
+        if not text:
+            raise ModelError(f"{self.origin}: prints nothing for this conversation")
+        try:
+            text.encode(errors="surrogateescape")  # bytes that are not UTF-8 may pass through, as everywhere
+        except UnicodeEncodeError as error:
+            raise ModelError(f"{self.origin}: prints the lone surrogate {text[error.start]!a}") from None
+        return text
 
 
 class _Worker:

@@ -59,7 +59,7 @@ class Progress:
             if self._timer is not None:
                 self._timer.cancel()
                 self._timer = None
-            if self._shown and self.stream.isatty():
+            if self._shown and self._redraws():
                 self._write(_CLEAR)
             self._shown, self._drawn_at = False, 0.0
             self._done, self._total = 0, 0
@@ -71,7 +71,7 @@ class Progress:
                 self._draw()
 
     def _draw(self) -> None:
-        if not self.stream.isatty():
+        if not self._redraws():
             if not self._drawn_at:
                 self._write(f"minirt: {self.label} ...\n")
         elif self._total > 0:
@@ -81,7 +81,12 @@ class Progress:
             self._write(f"{_CLEAR}{self.label} ...")
         self._drawn_at = time.monotonic()
 
+    def _redraws(self) -> bool:
+        return self.stream is not None and not self.stream.closed and self.stream.isatty()
+
     def _write(self, text: str) -> None:
-        with contextlib.suppress(OSError, ValueError):  # a closed stderr is no reason to stop
+        if self.stream is None:  # as Python says that stderr was closed from the start
+            return
+        with contextlib.suppress(OSError, ValueError):  # closed since then: no reason to stop
             self.stream.write(text)
             self.stream.flush()

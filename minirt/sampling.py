@@ -31,7 +31,7 @@ class Sampling:
         _check("repeat-penalty", self.repeat_penalty, 1e-3, 1e3)
         _check("repeat-last-n", self.repeat_last_n, 0, 2**31)
         if self.seed is not None:
-            _check("seed", self.seed, 0, 2**64 - 1)
+            _check("seed", self.seed, 0, 2**64 - 1, "; on the command line -1: a new one each time")
 
 
 class Sampler:
@@ -56,7 +56,7 @@ class Sampler:
         if s.min_p > 0.0:
             keep = min(keep, int(np.count_nonzero(p >= s.min_p * p[0])))
         ids = ids[: max(keep, 1)]
-        total = np.cumsum(_softmax(logits[ids].astype(np.float64) / s.temperature))
+        total = np.cumsum(_softmax(logits[ids], s.temperature))
         return int(ids[min(np.searchsorted(total, self.random.random() * total[-1], side="right"), len(ids) - 1)])
 
 
@@ -79,11 +79,14 @@ def _top_k(logits: np.ndarray, k: int) -> np.ndarray:
     return ids[:k] if k else ids
 
 
-def _softmax(x: np.ndarray) -> np.ndarray:
-    p = np.exp(x.astype(np.float64) - x[0])
+def _softmax(x: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Probabilities of logits, the largest first."""
+    with np.errstate(over="ignore"):  # at a tiny temperature: -inf, which has probability 0
+        p = np.exp((x.astype(np.float64) - x[0]) / temperature)
     return p / p.sum()
 
 
-def _check(name: str, value: float, low: float, high: float) -> None:
+def _check(name: str, value: float, low: float, high: float, more: str = "") -> None:
     if not (math.isfinite(value) and low <= value <= high):
-        raise UsageError(f"--{name} {value} is out of range ({low:g} to {high:g})")
+        bounds = " to ".join(str(bound) if isinstance(bound, int) else f"{bound:g}" for bound in (low, high))
+        raise UsageError(f"--{name} {value} is out of range ({bounds}{more})")

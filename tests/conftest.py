@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,6 +60,23 @@ def minirt(*args: object, shell: str = "", **options: object) -> subprocess.Comp
     if not shell:
         return subprocess.run(command, **options)  # type: ignore[call-overload, no-any-return]
     return subprocess.run(["bash", "-c", f'"$@" {shell}', "bash", *command], **options)  # type: ignore[call-overload, no-any-return]
+
+
+def on_terminal(*args: object) -> str:
+    """What `python -m minirt ARGS` prints when its standard output is a terminal."""
+    master, slave = pty.openpty()
+    command, out = [sys.executable, "-m", "minirt", *(str(a) for a in args)], b""
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=slave, stderr=subprocess.PIPE, env=quiet_env())
+    os.close(slave)
+    try:
+        while chunk := os.read(master, 65536):
+            out += chunk
+    except OSError:  # Linux's way to say that the other side is closed
+        pass
+    _, err = process.communicate(timeout=30)
+    os.close(master)
+    assert process.returncode == 0, err
+    return out.decode().replace("\r\n", "\n")
 
 
 def quiet_env() -> dict[str, str]:

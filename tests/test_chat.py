@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pty
@@ -9,6 +10,7 @@ import re
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -225,6 +227,55 @@ def test_set_shows_changes_and_refuses(llama: Llama, capsys: pytest.CaptureFixtu
     assert c.sampling == before
 
 
+def test_set_answers_in_the_words_it_was_asked_in(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    c = chat(llama)
+    assert only_line(said(c, capsys, "/set temp nan")) == "minirt: /set temp: nan is out of range (0 to 1000)"
+    assert "-1: a new one" in only_line(said(c, capsys, "/set seed -2"))
+    before = c.sampling
+    for line in ("/set top-k 1_0", "/set top-k ٣", "/set temp 0.٣", "/set temp 1_0"):
+        assert "is not a" in only_line(said(c, capsys, line))
+    assert c.sampling == before
+
+
+def test_arguments_where_there_are_none(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    c = chat(llama)
+    c.ask("one")
+    before = list(c.conversation.messages)
+    for name in ("clear", "stats", "regen", "show", "help", "exit", "quit"):
+        line = only_line(said(c, capsys, f"/{name} foo"))
+        assert line == f"minirt: /{name}: unexpected argument 'foo'"
+    assert c.conversation.messages == before
+
+
+def test_stats_after_clear_and_load_are_of_the_new_conversation(
+    llama: Llama, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    c, path = chat(llama), tmp_path / "talk.json"
+    c.ask("hello")
+    said(c, capsys, f"/save {path}")
+    for line in ("/clear", f"/load {path}"):
+        c.ask("hello")
+        said(c, capsys, line)
+        stats = said(c, capsys, "/stats")
+        assert "0 of 256" in stats
+        assert "last answer" not in stats
+
+
+def test_the_same_seed_gives_the_same_text_whenever_it_is_set(
+    llama: Llama, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    c, path = chat(llama, temperature=3.0, seed=5, n=20), tmp_path / "talk.json"
+    said(c, capsys, f"/save {path}")
+    texts = []
+    for line in ("/stats", "/clear", f"/load {path}", "/set seed 5"):
+        if line.startswith("/set"):
+            c.conversation.clear()
+        said(c, capsys, line)
+        c.ask("hi")
+        texts.append(c.conversation.messages[-1]["content"])
+    assert texts == 4 * texts[:1]
+
+
 def test_stats_and_show(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     c = chat(llama)
     assert "0 of 256" in said(c, capsys, "/stats")
@@ -260,6 +311,85 @@ def test_files_that_cannot_be(llama: Llama, capsys: pytest.CaptureFixture[str], 
     before = list(c.conversation.messages)
     only_line(said(c, capsys, line))
     assert c.conversation.messages == before
+
+
+@pytest.mark.parametrize("command", ["save", "save!", "load"])
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b", "forbidden"], ids=lambda name: ascii(name[:9]))
+def test_names_no_file_can_have(
+    llama: Llama,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: str,
+    name: str,
+) -> None:
+    c = chat(llama)
+    c.ask("hello")
+    before = list(c.conversation.messages)
+    if name == "forbidden":  # a folder that may not be searched, also to root
+
+        def stat(self: Path, *args: object, **options: object) -> os.stat_result:
+            raise PermissionError(13, "Permission denied", str(self))
+
+        monkeypatch.setattr(Path, "stat", stat)
+        monkeypatch.setattr(Path, "exists", stat)
+        monkeypatch.setattr(Path, "open", stat)
+    capsys.readouterr()
+    assert not c.handle(f"/{command} {tmp_path / name}", True)
+    line = only_line(capsys.readouterr().err)
+    assert {"x": "name too long", "a": "NUL", "f": "Permission denied"}[name[0]] in line
+    assert c.conversation.messages == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_save_over_what_is_no_regular_file(llama: Llama, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    c = chat(llama)
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("folder", "pipe", "link"):
+        line = only_line(said(c, capsys, f"/save! {tmp_path / name}"))
+        assert line == f"minirt: {tmp_path / name}: not a regular file"
+    assert "symbolic links" in only_line(said(c, capsys, f"/save! {tmp_path / 'loop'}"))
+    assert (tmp_path / "pipe").is_fifo()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "link", "loop", "pipe"]
+
+
+def test_save_keeps_links_and_modes(llama: Llama, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    c, link, target = chat(llama), tmp_path / "link", tmp_path / "talk.json"
+    link.symlink_to("talk.json")
+    mask = os.umask(0o027)
+    try:
+        said(c, capsys, f"/save {link}")  # the link names nothing yet
+        assert target.stat().st_mode & 0o777 == 0o640
+        target.chmod(0o604)
+        c.ask("hello")
+        said(c, capsys, f"/save! {link}")
+    finally:
+        os.umask(mask)
+    assert link.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o604
+    assert len(load_conversation(target)[0]) == 2
+
+
+def test_a_failed_write_is_a_line_and_the_chat_goes_on(
+    llama: Llama, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    c = chat(llama)
+
+    def fail(number: int) -> None:
+        def write(*args: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(sys.modules[Chat.__module__], "show_answer", write)
+
+    fail(errno.ENOSPC)
+    assert only_line(said(c, capsys, "hello")) == "minirt: standard output: No space left on device"
+    assert c.conversation.messages == []
+    fail(errno.EPIPE)
+    with pytest.raises(BrokenPipeError):
+        c.handle("hello", True)
 
 
 TALK = {"format": "minirt conversation", "version": 1}
@@ -332,10 +462,29 @@ def test_lines_of_a_pipe_are_messages_and_answers_alone_are_on_stdout(cli: Cli, 
 
 def test_commands_work_through_a_pipe(cli: Cli, tiny: Path) -> None:
     result = cli("chat", tiny, *FLAGS, "--no-stats", input="/nosuch\n/system be\n/system\n/exit\nnever\n")
-    assert result.exit_code == 0
+    assert result.exit_code == 1, "not all that was asked for was done"
     assert result.stdout == ""
     assert result.stderr.splitlines()[0].startswith("minirt: unknown command /nosuch")
     assert result.stderr.splitlines()[1] == "be"
+
+
+@pytest.mark.parametrize("line", ["/set temp hot", "/set temp -1", "/clear foo", "/regen", "/load nosuch"])
+def test_a_command_that_failed_shows_in_the_exit_code(cli: Cli, tiny: Path, line: str) -> None:
+    result = cli("chat", tiny, *FLAGS, "--no-stats", input=f"{line}\nhello\n")
+    assert result.exit_code == 1
+    assert result.stdout != "", "what comes after it is answered"
+    only_line(result.stderr)
+    assert cli("chat", tiny, *FLAGS, "--no-stats", input="/set temp 1\n/clear\nhello\n").exit_code == 0
+
+
+@pytest.mark.parametrize("template", ["{{ '\\ud800' }}", "{{ '' }}"])
+def test_a_template_that_prints_no_text_is_named(cli: Cli, tiny: Path, template: str) -> None:
+    flags = (*FLAGS[:4], "--chat-template", template)
+    piped = cli("chat", tiny, *flags, input="hello\n")
+    asked = cli("run", tiny, *flags, "--chat", "-p", "hello")
+    for result in (piped, asked):
+        assert result.exit_code == 1
+        assert only_line(result.stderr).startswith("minirt: --chat-template: prints ")
 
 
 def test_an_answer_that_could_not_be_given_shows_in_the_exit_code(cli: Cli, tiny: Path) -> None:

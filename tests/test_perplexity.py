@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from minirt.perplexity import (
     window_logits,
     write_header,
 )
+from minirt.tokenizer import Tokenizer
 
 VERSES = Path(__file__).parent / "data" / "verses.txt"
 N_VOCAB = 268  # of the tiny model
@@ -161,6 +163,81 @@ def test_the_first_base_is_complete_or_not_there(tiny: Path, tmp_path: Path) -> 
     result = minirt("perplexity", tiny, "-f", VERSES, *FLAGS, "--kld", tmp_path / "no" / "base.kld")
     assert result.returncode == 1
     assert "no" in only_line(result.stderr)
+
+
+def test_a_base_that_is_interrupted_leaves_nothing_behind_and_nothing_is_overwritten(
+    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, own = tmp_path / "base.kld", tmp_path / "base.kld.part"
+    own.write_text("mine")
+    calls = iter(range(99))
+
+    def interrupted(llama: Llama, window: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        if next(calls) == 2:
+            assert len(list(tmp_path.iterdir())) == 2, "the base is being written"
+            raise KeyboardInterrupt
+        return window_logits(llama, window)
+
+    monkeypatch.setattr("minirt.perplexity.window_logits", interrupted)
+    assert cli("perplexity", tiny, "-f", VERSES, *FLAGS, "--chunks", 4, "--kld", base).exit_code == 130
+    assert list(tmp_path.iterdir()) == [own]
+    monkeypatch.undo()
+    assert cli("perplexity", tiny, "-f", VERSES, *FLAGS, "--chunks", 2, "--kld", base).exit_code == 0
+    assert sorted(tmp_path.iterdir()) == [base, own]
+    assert own.read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc")
+def test_a_folder_that_takes_no_files_is_not_called_full(cli: Cli, tiny: Path) -> None:
+    result = cli("perplexity", tiny, "-f", VERSES, *FLAGS, "--chunks", 2, "--kld", "/proc/base.kld")
+    assert result.exit_code == 1
+    assert "minirt: /proc/base.kld: cannot write: " in result.stderr
+    assert "MiB" not in result.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_a_full_standard_output_is_not_blamed_on_the_base(tiny: Path, tmp_path: Path) -> None:
+    flags = (*FLAGS, "--chunks", 2, "--kld", tmp_path / "base.kld")
+    result = minirt("perplexity", tiny, "-f", VERSES, *flags, shell="> /dev/full")
+    assert result.returncode == 1
+    assert result.stderr.splitlines()[-1] == b"minirt: standard output: No space left on device"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_estimate_comes_before_the_figures_and_leaves_compiling_out(
+    cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = iter(range(99))
+
+    def compiling(llama: Llama, window: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        if next(calls) == 0:
+            time.sleep(2)
+        return window_logits(llama, window)
+
+    monkeypatch.setattr("minirt.perplexity.window_logits", compiling)
+    result = cli("perplexity", tiny, "-f", VERSES, *FLAGS, "--chunks", 3)
+    assert "3 windows of 64 tokens, 0." in result.output.partition("[1]")[0]
+    assert result.stdout.splitlines()[0].count(",") == 3
+    assert "windows of" not in cli("perplexity", tiny, "-f", VERSES, *FLAGS, "--chunks", 1).stderr
+
+
+def test_a_long_text_shows_that_it_is_read_and_a_huge_one_is_refused(
+    cli: Cli, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huge = tmp_path / "huge"
+    with huge.open("wb") as file:
+        file.truncate((64 << 20) + 1)
+    result = cli("perplexity", tiny, "-f", huge, *FLAGS)
+    assert (result.exit_code, only_line(result.stderr)) == (1, f"minirt: {huge}: more than 64 MiB")
+    encode = Tokenizer.encode_bytes
+
+    def slowly(self: Tokenizer, raw: bytes, **options: bool) -> list[int]:
+        time.sleep(0.3)
+        return encode(self, raw, **options)
+
+    monkeypatch.setattr("minirt.progress.PATIENCE", 0.1)
+    monkeypatch.setattr(Tokenizer, "encode_bytes", slowly)
+    assert "minirt: reading the text ...\n" in cli("perplexity", tiny, "-f", VERSES, *FLAGS, "--chunks", 2).stderr
 
 
 def _edit(at: int, data: bytes) -> Callable[[bytes], bytes]:

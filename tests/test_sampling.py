@@ -103,8 +103,22 @@ def test_repeat_penalty_forgets_what_is_not_recent() -> None:
 
 def test_extreme_logits_give_a_valid_token() -> None:
     for logits in ([np.float32(3e38), -3e38, 0], [-np.inf, 0, -np.inf], [0, 0, 0]):
-        for t in (1e-3, 1.0, 1e3):
+        for t in (5e-324, 1e-320, 1e-3, 1.0, 1e3):
             assert Sampler(Sampling(temperature=t, seed=0))(np.array(logits, np.float32)) in (0, 1, 2)
+
+
+def test_a_temperature_next_to_nothing_is_greedy_and_warns_of_nothing(recwarn: pytest.WarningsRecorder) -> None:
+    assert support(Sampling(seed=0, **{**OPEN, "temperature": 1e-320}), logits_of(0.3, 0.1, 0.6)) == {2}
+    assert not recwarn.list
+
+
+def test_bounds_are_written_out() -> None:
+    with pytest.raises(UsageError, match=r"--top-k -1 is out of range \(0 to 2147483648\)"):
+        Sampling(top_k=-1)
+    with pytest.raises(UsageError, match=r"\(0 to 1000\)"):
+        Sampling(temperature=-1)
+    with pytest.raises(UsageError, match=r"\(0 to 18446744073709551615; on the command line -1: a new one each time\)"):
+        Sampling(seed=-2)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from .chat import chat
 from .info import info
 from .perplexity import perplexity
 from .run import run
-from .terminal import say
+from .terminal import describe, say
 from .tokenize import tokenize
 
 
@@ -36,8 +36,8 @@ class _Commands(click.Group):
     ) -> Any:
         if not standalone_mode:
             return super().main(args, standalone_mode=False, **extra)
-        if sys.stdout is None:
-            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        if sys.stdout is None:  # worse than useless: the next file opened would be standard output
+            _fail("standard output is closed", 1)
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="replace")  # an ASCII locale costs characters, not the answer
@@ -56,7 +56,7 @@ class _Commands(click.Group):
         except OSError as e:
             if e.errno == errno.EPIPE:
                 _leave(1)
-            _fail(f"{e.filename}: {e.strerror}" if e.filename else e.strerror or str(e), 1)
+            _fail(describe(e), 1)
         sys.exit(code if isinstance(code, int) else 0)
 
     def invoke(self, ctx: click.Context) -> Any:
@@ -82,7 +82,8 @@ def _fail(line: str, code: int) -> NoReturn:
 def _leave(code: int) -> NoReturn:
     """Exits; what stdout can no longer take is dropped, or Python would report it while it shuts down."""
     try:
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (OSError, ValueError):
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

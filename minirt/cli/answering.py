@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..progress import Progress
-from .terminal import printable, say
+from .terminal import for_stdout, say
 
 if TYPE_CHECKING:
     from ..answer import Answer
@@ -20,11 +20,11 @@ def show_answer(llama: Llama, answer: Answer, progress: Progress, stats: bool) -
 
     KeyboardInterrupt passes through once the line is ended; what was shown is in `answer.text`.
     """
-    to_terminal, last = sys.stdout.isatty(), ""
+    last = ""
     try:
         for piece in answer:
             progress.close()
-            last = printable(piece) if to_terminal else piece
+            last = for_stdout(piece)
             sys.stdout.write(last)
             sys.stdout.flush()
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from .chat_commands import execute
 from .conversation import Conversation
 from .lines import open_lines, read_message
 from .options import Engine, answer_options, engine_options, model_argument, sampling_options, stats_option
-from .terminal import argument_text, read_file, say, stdin_is_terminal
+from .terminal import argument_text, describe, for_stdout, one_line, read_file, say, stdin_is_terminal
 
 if TYPE_CHECKING:
     from ..answer import Answer
@@ -59,7 +60,7 @@ def chat(
     if system is not None and system_file is not None:
         raise UsageError("--system and --system-file cannot be used together")
     if show_template:
-        click.echo(engine.template_source(model))
+        click.echo(for_stdout(engine.template_source(model)))
         return 0
     text = argument_text(system or "", "--system")
     if system_file is not None:
@@ -92,7 +93,8 @@ class Chat:
         lines = open_lines()
         interrupts, failed = 0, False
         if self.interactive:
-            say(f"{self.llama.config.name}, {self.llama.n_ctx} tokens of context. /help for commands, Ctrl-D leaves.")
+            name = one_line(self.llama.config.name)
+            say(f"{name}, {self.llama.n_ctx} tokens of context. /help for commands, Ctrl-D leaves.")
         try:
             while True:
                 try:
@@ -110,7 +112,7 @@ class Chat:
             lines.close()
 
     def handle(self, message: str, may_command: bool) -> bool:
-        """A command or a message to answer; False if it should have worked and did not (an answer, a file)."""
+        """A command or a message to answer; False if it did not work, and the line that says why is out."""
         try:
             if may_command and message.startswith("/"):
                 execute(self, message)
@@ -118,8 +120,19 @@ class Chat:
                 self.ask(message)
         except (ModelError, UsageError) as e:
             say(f"minirt: {e}")
-            return isinstance(e, UsageError)
+            return False
+        except OSError as e:
+            if e.errno == errno.EPIPE:
+                raise
+            say(f"minirt: {describe(e)}")
+            return False
         return True
+
+    def begin(self) -> None:
+        """Begins anew: only the system prompt stays, and a seed gives its texts again."""
+        self.conversation.clear()
+        self.llama.session.reset()
+        self.last, self.n_answers = None, 0
 
     def ask(self, text: str) -> None:
         """Answers a message. One that gets no answer is not part of the conversation."""

@@ -10,28 +10,34 @@ from typing import TYPE_CHECKING
 from ..errors import ModelError, UsageError
 from .answering import peak_memory, timings_line
 from .conversation import load_conversation, save_conversation
-from .terminal import say
+from .terminal import one_line, say
 
 if TYPE_CHECKING:
     from .chat import Chat
 
 COMMANDS: dict[str, Callable[[Chat, str], None]] = {}
+_ALONE: set[str] = set()  # names of commands that take no arguments
 _USAGE: dict[str, str] = {}  # the first name of each command, with its arguments -> its help
 _SHORT = {"temp": "temperature", "n": "max_tokens"}
 
 
 def execute(chat: Chat, line: str) -> None:
-    """Runs "/name arguments". Raises UsageError for an unknown name."""
+    """Runs "/name arguments". Raises UsageError for an unknown name, or arguments where there are none."""
     name, _, argument = line.strip().partition(" ")
     if name not in COMMANDS:
         raise UsageError(f"unknown command {name} (/help lists them; a space before the / makes it a message)")
-    COMMANDS[name](chat, argument.strip())
+    argument = argument.strip()
+    if argument and name in _ALONE:
+        raise UsageError(f"{name}: unexpected argument '{argument}'")
+    COMMANDS[name](chat, argument)
 
 
 def _command(*names: str, arguments: str = "") -> Callable[[Callable], Callable]:
     def register(function: Callable[[Chat, str], None]) -> Callable:
         _USAGE[f"{names[0]} {arguments}".rstrip()] = function.__doc__ or ""
         COMMANDS.update(dict.fromkeys(names, function))
+        if not arguments:
+            _ALONE.update(names)
         return function
 
     return register
@@ -49,7 +55,7 @@ def _help(chat: Chat, argument: str) -> None:
 @_command("/clear")
 def _clear(chat: Chat, argument: str) -> None:
     """Starts anew; the system prompt stays."""
-    chat.conversation.clear()
+    chat.begin()
 
 
 @_command("/regen")
@@ -84,19 +90,27 @@ def _set(chat: Chat, argument: str) -> None:
             say(f"  {name.replace('_', '-'):20} {value if value is not None else -1}")
         return
     given, _, text = argument.replace("=", " ").partition(" ")
+    text = text.strip()
     name = given.lstrip("-").replace("-", "_")
     name = _SHORT.get(name, name)
     if name not in values:
         raise UsageError(f"/set: unknown parameter {given} (one of: {', '.join(values).replace('_', '-')})")
     whole = not isinstance(getattr(type(chat.sampling), name, None), float)
     try:
+        if not text.isascii() or "_" in text:  # Python's numbers, but nobody's here
+            raise ValueError
         value = int(text) if whole else float(text)
     except ValueError:
-        raise UsageError(f"/set {given}: '{text.strip()}' is not {'an integer' if whole else 'a number'}") from None
+        raise UsageError(f"/set {given}: '{text}' is not {'an integer' if whole else 'a number'}") from None
     if name in ("seed", "max_tokens") and value == -1:
         value = None
     if name != "max_tokens":
-        chat.sampling = dataclasses.replace(chat.sampling, **{name: value})
+        try:
+            chat.sampling = dataclasses.replace(chat.sampling, **{name: value})
+        except UsageError as e:  # "--flag value is ..."
+            raise UsageError(f"/set {given}: {str(e).partition(' ')[2]}") from None
+        if name == "seed":
+            chat.n_answers = 0
     elif value is None or value >= 1:
         chat.max_tokens = value
     else:
@@ -110,7 +124,7 @@ def _stats(chat: Chat, argument: str) -> None:
     config, decoder = llama.config, session.decoder
     n, plan = len(session.tokens), session.cache.plan
     read = decoder.policy.bytes_read(config, plan, n)
-    say(f"  model            {config.name}, {session.weight_bytes / 2**20:.1f} MiB of weights read per token")
+    say(f"  model            {one_line(config.name)}, {session.weight_bytes / 2**20:.1f} MiB of weights read per token")
     say(f"  policy           {decoder.policy.name}, {read / 2**20:.1f} MiB of cache read per token")
     say(f"  context          {n} of {session.n_ctx} tokens")
     say(
@@ -151,7 +165,7 @@ def _load(chat: Chat, argument: str) -> None:
     """Goes on with a saved conversation and its settings."""
     path = _path("/load", argument)
     messages, sampling = load_conversation(path)
-    chat.conversation.clear()
+    chat.begin()
     chat.conversation.messages, chat.sampling, chat.file = messages, sampling, path
     say(f"({len(messages)} messages loaded)")
 
@@ -165,6 +179,8 @@ def _exit(chat: Chat, argument: str) -> None:
 def _path(command: str, argument: str) -> Path:
     if not argument:
         raise UsageError(f"{command} needs the name of a file")
+    if "\0" in argument:
+        raise UsageError(f"{command}: the name of a file cannot have a NUL character in it")
     try:
         return Path(argument).expanduser()
     except RuntimeError as e:

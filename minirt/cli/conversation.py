@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, UsageError
+from .files import whole_file
 from .terminal import read_file
 
 if TYPE_CHECKING:
@@ -83,17 +82,8 @@ def save_conversation(path: Path, model: str, messages: Messages, sampling: Samp
     """Writes the file whole or not at all."""
     data = {"format": FORMAT, "version": 1, "model": model, "sampling": dataclasses.asdict(sampling)}
     data["messages"] = messages
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
-            temporary = file.name
-            json.dump(data, file, indent=1)
-            file.write("\n")
-        os.replace(temporary, path)
-    except OSError as e:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise ModelError(f"{path}: cannot write: {e.strerror}") from None
+    with whole_file(path) as file:
+        file.write(json.dumps(data, indent=1).encode() + b"\n")
 
 
 def load_conversation(path: Path) -> tuple[Messages, Sampling]:

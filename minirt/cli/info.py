@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .options import json_option, model_argument
-from .terminal import printable
+from .terminal import for_stdout, one_line, printable
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -35,9 +35,10 @@ Examples:
 @click.option("--show-template", is_flag=True, help="Print the chat template and nothing else.")
 @json_option
 def info(model: str | None, n_ctx: int | None, show_template: bool, as_json: bool) -> None:
-    """Shows hyper-parameters, tensor types, tokenizer and chat template of a model, and the memory it needs.
+    """Shows what is in a model file, and the memory it needs.
 
-    The file is checked as it is for use, but no weights are read. One that holds only a vocabulary will do.
+    Hyper-parameters, tensor types, tokenizer, chat template, and the KV cache at several context lengths. The file is
+    checked as it is for use, but no weights are read. One that holds only a vocabulary will do.
     """
     from ..config import ModelConfig
     from ..gguf_file import GGUFFile
@@ -47,7 +48,7 @@ def info(model: str | None, n_ctx: int | None, show_template: bool, as_json: boo
 
     with GGUFFile.open(model if model is not None else default_model_path()) as file:
         if show_template:
-            click.echo(printable(_template(file) or ""))
+            click.echo(for_stdout(_template(file) or ""))
             return
         config = None
         if file.tensors:
@@ -108,7 +109,7 @@ def _template(file: GGUFFile) -> str | None:
 
 def _text(facts: dict[str, Any]) -> str:
     model, tokenizer = facts["model"], facts["tokenizer"]
-    name = model["name"] if model else "a vocabulary without weights"
+    name = one_line(model["name"]) if model else "a vocabulary without weights"
     lines = [f"{facts['file']}: {name}", f"  GGUF version {facts['gguf_version']}, {_size(facts['file_bytes'])}", ""]
     if model:
         scaling = model["rope_scaling"]

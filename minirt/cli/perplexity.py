@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,6 +17,7 @@ from click.core import ParameterSource
 
 from ..errors import ModelError, UsageError
 from ..progress import Progress
+from .files import whole_file
 from .options import Engine, engine_options, json_option, model_argument, positive_or_all
 from .terminal import read_file, say
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
     from ..llama import Llama
 
-MAX_TEXT = 256 << 20  # bytes
+MAX_TEXT = 64 << 20  # bytes
+WARM_UP = 64  # tokens
 
 
 @click.command(
@@ -52,10 +54,11 @@ Examples:
 def perplexity(
     model: str | None, path: str | None, n_chunks: int | None, kld: Path | None, engine: Engine, as_json: bool
 ) -> None:
-    """Measures the perplexity of a model on a text, exactly as llama-perplexity does.
+    """Measures how well a model predicts a text: its perplexity.
 
-    The text is cut into windows of --ctx tokens, and the second half of each is predicted. With --kld the
-    Kullback-Leibler divergence from a base model is measured too, on the windows saved in the base file.
+    The figures are llama-perplexity's. The text is cut into windows of --ctx tokens, and the second half of each is
+    predicted. With --kld the Kullback-Leibler divergence from a base model is measured too, on the windows saved in
+    the base file.
     """
     compare = kld is not None and kld.exists()
     if path is None and not compare:
@@ -79,24 +82,42 @@ class _Report:
     def __init__(self, as_json: bool):
         self.as_json = as_json
         self.progress = Progress("scoring", " windows")
+        self.n, self.n_ctx, self.begun = 0, 0, 0.0
 
-    def windows(self, windows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields (number from 1, window)."""
-        n, n_ctx = windows.shape
+    def windows(self, llama: Llama, windows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields (number from 1, window); the caller answers each with `scored`."""
+        from ..perplexity import window_logits
+
+        self.n, self.n_ctx = windows.shape
         with self.progress:
-            for i, window in enumerate(windows, 1):
-                begun = time.perf_counter()
-                yield i, window
-                if i == 1 and n > 1:
-                    each = time.perf_counter() - begun
-                    say(f"{n} windows of {n_ctx} tokens, {each:.1f} s each: about {_duration(n * each)}", faint=True)
-                if self.as_json:
-                    self.progress(i, n)
+            if self.n > 1:  # or the first window's time would be mostly the compiler's
+                for _ in window_logits(llama, windows[0, :WARM_UP]):
+                    pass
+            self.begun = time.perf_counter()
+            yield from enumerate(windows, 1)
 
-    def write(self, text: str, **options: Any) -> None:
-        if not self.as_json:
-            self.progress.close()  # the running figures show progress from here on
-            click.echo(text, **options)
+    def scored(self, i: int, text: str, nl: bool = True) -> None:
+        """The figures after window i. The first tells how long the others will take: on a line before the figures."""
+        if i == 1 and self.n > 1:
+            each = time.perf_counter() - self.begun
+            self.progress.close()
+            say(
+                f"{self.n} windows of {self.n_ctx} tokens, {each:.1f} s each: about {_duration(self.n * each)}",
+                faint=True,
+            )
+        if self.as_json and sys.stderr is not None and sys.stderr.isatty():
+            self.progress(i, self.n)
+        self.write(text, nl=nl)
+
+    def write(self, text: str, nl: bool = True) -> None:
+        if self.as_json:
+            return
+        self.progress.close()  # the running figures show progress from here on
+        try:
+            click.echo(text, nl=nl)
+        except OSError as e:
+            e.filename = "standard output"  # not the base file that is being written
+            raise
 
 
 def _measure(
@@ -107,15 +128,15 @@ def _measure(
 
         windows = scoring.cut_windows(_tokens(llama, text), llama.n_ctx, n_chunks)
         running = scoring.Perplexity()
-        with _part_file(save, windows.shape, llama.config.n_vocab) as base:
+        with _base_file(save, windows.shape, llama.config.n_vocab) as base:
             if base is not None:
                 scoring.write_header(base, windows, llama.config.n_vocab)
-            for i, window in report.windows(windows):
+            for i, window in report.windows(llama, windows):
                 for logits, tokens in scoring.window_logits(llama, window):
                     running.add(logits, tokens)
                     if base is not None:
                         base.write(scoring.encode_log_probs(logits).tobytes())
-                report.write(f"[{i}]{running.value:.4f},", nl=False)
+                report.scored(i, f"[{i}]{running.value:.4f},", nl=False)
         report.write("")
         report.write(f"Final estimate: PPL = {running.value:.4f} +/- {running.error:.5f}")
         if save is not None:
@@ -151,12 +172,13 @@ def _compare(
                     raise ModelError(f"{kld}: was made from another text, or with another tokenizer")
             divergence = scoring.Divergence()
             report.write("window        PPL    ln(PPL/base)          KLD  same top")
-            for i, window in report.windows(windows):
+            for i, window in report.windows(llama, windows):
                 for logits, tokens in scoring.window_logits(llama, window):
                     divergence.add(logits, tokens, base.read(len(tokens)))
                 s = divergence.statistics()
-                report.write(
-                    f"{i:6d} {s['ppl']:10.4f} {s['ln_ppl_ratio']:15.5f} {s['kld']:12.6f} {100 * s['same_top']:7.3f} %"
+                report.scored(
+                    i,
+                    f"{i:6d} {s['ppl']:10.4f} {s['ln_ppl_ratio']:15.5f} {s['kld']:12.6f} {100 * s['same_top']:7.3f} %",
                 )
             report.write(_summary(s))
             return _header(llama, engine, windows) | {"base": str(kld)} | s
@@ -164,33 +186,24 @@ def _compare(
 
 def _tokens(llama: Llama, text: bytes) -> list[int]:
     # llama.cpp drops one newline at the end of a file
-    return llama.tokenizer.encode_bytes(text[:-1] if text.endswith(b"\n") else text)
+    with Progress("reading the text"):
+        return llama.tokenizer.encode_bytes(text[:-1] if text.endswith(b"\n") else text)
 
 
 @contextlib.contextmanager
-def _part_file(path: Path | None, shape: tuple[int, ...], n_vocab: int) -> Iterator[BinaryIO | None]:
-    """A file that gets its name only once it is complete."""
+def _base_file(path: Path | None, shape: tuple[int, ...], n_vocab: int) -> Iterator[BinaryIO | None]:
+    """The file to save, if one is asked for and there is room for it."""
     if path is None:
         yield None
         return
     from ..perplexity import base_size
 
     size = base_size(shape[1], n_vocab, shape[0])
-    part = path.with_name(path.name + ".part")
-    try:
+    with whole_file(path) as file:
         free = shutil.disk_usage(path.parent).free
         if size > free:
-            raise ModelError(f"{path}: needs {size / 2**20:.0f} MiB, the disk has {free / 2**20:.0f} MiB free")
-        with part.open("wb") as file:
-            yield file
-        os.replace(part, path)
-    except OSError as e:
-        if e.filename is None and not isinstance(e, BrokenPipeError):
-            e.filename = str(path)
-        raise
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
+            raise ModelError(f"{path}: needs {size / 2**20:.1f} MiB, the disk has {free / 2**20:.1f} MiB free")
+        yield file
 
 
 def _header(llama: Llama, engine: Engine, windows: np.ndarray) -> dict[str, Any]:

@@ -73,16 +73,19 @@ def run(
 
 def _prompt(prompt: str | None, path: str | None) -> str:
     """The text to continue. Bytes that are not UTF-8 pass through as surrogate escapes."""
-    parts = []
+    parts, names = [], []
     if prompt == "-" or stdin_is_piped() or (prompt is None and path is None and not stdin_is_terminal()):
         parts.append(read_stdin(MAX_PROMPT).decode(errors="surrogateescape"))
+        names.append("standard input")
     if path is not None:
         parts.append(read_file(path, MAX_PROMPT).decode(errors="surrogateescape"))
+        names.append(path)
     if prompt is not None and prompt != "-":
         parts.append(prompt)
+        names.append("-p")
     if not parts:
         raise UsageError("nothing to continue: give -p TEXT, -f FILE, or a text through a pipe")
     parts = [part for part in parts if part]
     if not parts:
-        raise ModelError("the prompt is empty")
+        raise ModelError(f"{', '.join(names)}: the prompt is empty")
     return "".join(part if part.endswith("\n") else part + "\n" for part in parts[:-1]) + parts[-1]

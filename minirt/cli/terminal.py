@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import sys
@@ -19,6 +20,23 @@ _CONTROLS = {c: None for c in (*range(0x20), *range(0x7F, 0xA0)) if chr(c) not i
 def printable(text: str) -> str:
     """Text without control characters: what a model says is data, not commands to a terminal."""
     return text.translate(_CONTROLS)
+
+
+def one_line(text: str) -> str:
+    """Text whose line ends became spaces: a name in a file may hold anything."""
+    return " ".join(text.split())
+
+
+def for_stdout(text: str) -> str:
+    """What a model or its file says, fit for standard output: printable on a terminal, else as it is."""
+    return printable(text) if sys.stdout.isatty() else text
+
+
+def describe(error: OSError) -> str:
+    """What went wrong with which file. Errors of writing name none: that is standard output, others are caught."""
+    full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", None))
+    name = error.filename or ("standard output" if full else "")
+    return ": ".join(part for part in (str(name), error.strerror or str(error)) if part)
 
 
 def say(text: str, *, faint: bool = False) -> None:
@@ -46,6 +64,8 @@ def read_all(source: BinaryIO, name: str, limit: int) -> bytes:
 
 def read_file(path: str, limit: int) -> bytes:
     """The bytes of a file or a named pipe. A device is refused: some never end."""
+    if not path:
+        raise UsageError("the name of a file is empty")
     try:
         with Path(path).open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
