@@ -30,11 +30,11 @@ from .ir_vectors import (
     Value,
     at,
     bits,
-    each,
     half_to_float,
     join,
     like,
     load,
+    look_up,
     minus,
     splat,
     to_float,
@@ -178,25 +178,11 @@ def _q8_0(b: ir.IRBuilder, r: Any) -> Iterator[Group]:
         yield Group(16 * half, to_float(b, r.columns(2 + 16 * half, signed=True)), d)
 
 
-def _iq4(b: ir.IRBuilder, nibbles: Value) -> Value:
-    """The level of each 4-bit index, chosen bit by bit."""
-
-    def level(index: Value) -> Value:
-        lanes = index.type.count
-        levels = [ir.Constant(vector(F32, lanes), [float(x)] * lanes) for x in IQ4_LEVELS]
-        for bit in range(4):
-            odd = b.icmp_signed("!=", bits(b, index, bit, 1), like(index, 0))
-            levels = [b.select(odd, levels[i + 1], levels[i]) for i in range(0, len(levels), 2)]
-        return levels[0]
-
-    return each(level, nibbles)
-
-
 @_format("IQ4_NL", 32, 18)
 def _iq4_nl(b: ir.IRBuilder, r: Any) -> Iterator[Group]:
     d, qs = r.half(0), r.columns(2)
     for half in range(2):
-        yield Group(16 * half, _iq4(b, bits(b, qs, 4 * half, 4)), d)
+        yield Group(16 * half, to_float(b, look_up(b, IQ4_LEVELS, bits(b, qs, 4 * half, 4))), d)
 
 
 # -- blocks of 256 with scales of their own for every 16 or 32 weights -------------------------------------------------
@@ -281,7 +267,7 @@ def _iq4_xs(b: ir.IRBuilder, r: Any) -> Iterator[Group]:
         scale = b.fmul(d, to_float(b, minus(b, join(b, low, high, 4), 32)))
         qs = r.columns(8 + 16 * i)
         for half in range(2):
-            yield Group(32 * i + 16 * half, _iq4(b, bits(b, qs, 4 * half, 4)), scale)
+            yield Group(32 * i + 16 * half, to_float(b, look_up(b, IQ4_LEVELS, bits(b, qs, 4 * half, 4))), scale)
 
 
 BY_RECORD = {from_dtype(f.dtype): f for f in FORMATS.values()}  # Numba's type of a row's items -> format

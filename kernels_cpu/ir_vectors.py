@@ -6,7 +6,7 @@ one description serves every instruction set.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import llvmlite.binding as llvm
@@ -20,8 +20,16 @@ F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntTy
 _FEATURES = llvm.get_host_cpu_features()
 # Without these LLVM turns a half conversion into a library call that a JIT process may not have. A user may have told
 # Numba to compile for another CPU than this one.
-HAS_HALF = not (numba.config.CPU_NAME or numba.config.CPU_FEATURES) and bool(
-    _FEATURES.get("f16c") or _FEATURES.get("fullfp16") or _FEATURES.get("fp-armv8")
+_OTHER_CPU = bool(numba.config.CPU_NAME or numba.config.CPU_FEATURES)
+HAS_HALF = not _OTHER_CPU and bool(_FEATURES.get("f16c") or _FEATURES.get("fullfp16") or _FEATURES.get("fp-armv8"))
+
+# A shuffle of 16 bytes by 16 indices has no word of its own in LLVM.
+SHUFFLE = (
+    "llvm.x86.ssse3.pshuf.b.128"
+    if _FEATURES.get("ssse3") and not _OTHER_CPU
+    else "llvm.aarch64.neon.tbl1.v16i8"
+    if _FEATURES.get("neon") and not _OTHER_CPU
+    else ""
 )
 
 Value = Any  # llvmlite's ir.Value
@@ -83,6 +91,24 @@ def minus(b: ir.IRBuilder, value: Value, amount: int) -> Value:
 def to_float(b: ir.IRBuilder, value: Value) -> Value:
     """Signed integers to float32."""
     return each(lambda v: b.sitofp(v, vector(F32, v.type.count) if isinstance(v.type, ir.VectorType) else F32), value)
+
+
+def look_up(b: ir.IRBuilder, table: Sequence[int], index: Value) -> Value:
+    """table[index] of 16 signed bytes, for int32 indices below 16: int32."""
+
+    def one(index: Value) -> Value:
+        if SHUFFLE:
+            bytes16 = ir.VectorType(I8, LANES)
+            kind = ir.FunctionType(bytes16, [bytes16, bytes16])
+            shuffle = cgutils.get_or_insert_function(b.module, kind, SHUFFLE)
+            return b.sext(b.call(shuffle, [ir.Constant(bytes16, list(table)), b.trunc(index, bytes16)]), index.type)
+        values = [like(index, value) for value in table]
+        for bit in range(4):
+            odd = b.icmp_signed("!=", bits(b, index, bit, 1), like(index, 0))
+            values = [b.select(odd, values[i + 1], values[i]) for i in range(0, len(values), 2)]
+        return values[0]
+
+    return each(one, index)
 
 
 def each(operation: Callable[..., Value], *values: Value) -> Value:

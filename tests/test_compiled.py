@@ -57,8 +57,8 @@ def test_numba_told_not_to_compile(tiny: Path) -> None:
     assert "NUMBA_DISABLE_JIT is set" in run(tiny, NUMBA_DISABLE_JIT="1").stderr.splitlines()[-1]
 
 
-def test_half_conversion_without_the_instruction(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All 65,536 halves, decoded by arithmetic."""
+def test_a_cpu_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All 65,536 halves, decoded by arithmetic, and a table looked up by selection."""
     import numba
 
     from kernels_cpu import ir_vectors
@@ -66,6 +66,7 @@ def test_half_conversion_without_the_instruction(monkeypatch: pytest.MonkeyPatch
     from kernels_cpu.rows import decode_row
 
     monkeypatch.setattr(ir_vectors, "HAS_HALF", False)
+    monkeypatch.setattr(ir_vectors, "SHUFFLE", "")
 
     @numba.njit
     def decode(rows, out):  # type: ignore[no-untyped-def]
@@ -76,7 +77,8 @@ def test_half_conversion_without_the_instruction(monkeypatch: pytest.MonkeyPatch
     out = np.empty(halves.shape, np.float32)
     decode(halves.view(np.uint8).view(FORMATS["F16"].dtype), out)
     assert np.array_equal(out, halves.view(np.float16).astype(np.float32), equal_nan=True)
-    tensor = random_tensor("Q4_1", 8, 64)
-    out, truth = np.empty((8, 64), np.float32), dequantize(tensor)
-    decode(tensor.data.view(FORMATS["Q4_1"].dtype), out)
-    assert np.array_equal(out, truth)
+    for name in ("Q4_1", "IQ4_NL"):
+        tensor = random_tensor(name, 8, 64)
+        out = np.empty((8, 64), np.float32)
+        decode(tensor.data.view(FORMATS[name].dtype), out)
+        assert np.array_equal(out, dequantize(tensor))
