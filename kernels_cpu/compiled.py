@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 # Idle threads of GNU OpenMP spin for milliseconds by default and take the cores from BLAS, or from other programs.
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 import numba
 
