@@ -29,8 +29,8 @@ DECODED_BYTES = 4 << 20  # of a weight in one task
 QUERY_TILE = 128  # prompt tokens scored at a time: the causal half of what they cannot see is mostly never computed
 KEY_TILE = 1024  # cached rows decoded at a time in prefill
 PARTS_PER_THREAD = 4  # of a weight, so that a thread that lost its core for a moment does not hold up the rest
-PART_ROWS = 256  # cached rows that are worth a task of their own in a decode step ...
 HELD_VECTORS = 16  # of queries or sums kept in registers
+PART_ROWS = 256  # cached rows that are worth a task of their own in a decode step ...
 MAX_PARTS = 32  # ... of which there are this many at most; by length alone, so results do not depend on threads
 
 _FORMAT_OF_STORE = {"f32": "F32", "f16": "F16"}
@@ -83,6 +83,7 @@ class CpuOps:
         f = FORMATS[tensor.type.name]
         if f.length == 1:
             return self.table(tensor)
+        numba.set_num_threads(self.threads)
         n_out, n_in = tensor.shape
         blocks, size = n_in // f.length, f.dtype.itemsize
         panels = np.empty((_whole_vectors(n_out) // LANES, blocks, size, LANES), np.uint8)
@@ -148,8 +149,7 @@ class CpuOps:
         kernels.rms_norm(rows, norm, np.float32(eps), rows)
 
     def angles(self, rope: Rope, pos: np.ndarray) -> np.ndarray:
-        theta = pos[:, None] * rope.frequency
-        return (rope.magnitude * np.stack([np.cos(theta), np.sin(theta)])).astype(np.float32)
+        return rope.angles(pos)
 
     def rotate(self, x: np.ndarray, angles: np.ndarray, rope: Rope) -> None:
         _check(angles.shape[1:] == (len(x), rope.dim // 2) and rope.dim <= x.shape[2], "angles", angles.shape, x.shape)

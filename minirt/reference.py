@@ -69,9 +69,7 @@ class ReferenceOps:
         x[:] = rms_norm(x, norm, eps)
 
     def angles(self, rope: Rope, pos: np.ndarray) -> np.ndarray:
-        """float32 [2, N, rope_dim / 2]: cosines and sines, times the magnitude. The angle itself is float64."""
-        theta = pos[:, None] * rope.frequency
-        return (rope.magnitude * np.stack([np.cos(theta), np.sin(theta)])).astype(np.float32)
+        return rope.angles(pos)
 
     def rotate(self, x: np.ndarray, angles: np.ndarray, rope: Rope) -> None:
         cos, sin = angles[:, :, None, :]

@@ -28,6 +28,14 @@ class Rope:
         """Leading components of a head that rotate; the rest pass through."""
         return 2 * len(self.frequency)
 
+    def angles(self, pos: np.ndarray) -> np.ndarray:
+        """Cosines and sines for true positions pos [N], times the magnitude: float32 [2, N, rope_dim / 2].
+
+        The angle itself is float64: at position 100,000 float32 would be off by a hundredth of a radian.
+        """
+        theta = pos[:, None] * self.frequency
+        return (self.magnitude * np.stack([np.cos(theta), np.sin(theta)])).astype(np.float32)
+
 
 def make_rope(config: ModelConfig, factors: np.ndarray | None = None) -> Rope:
     """The model's Rope. `factors` is `rope_freqs.weight` [rope_dim/2]: each divides its frequency (Llama 3.1)."""
