@@ -207,14 +207,13 @@ def test_a_full_standard_output_is_not_blamed_on_the_base(tiny: Path, tmp_path: 
 def test_the_estimate_comes_before_the_figures_and_leaves_compiling_out(
     cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = iter(range(99))
+    warm_up = Llama.warm_up
 
-    def compiling(llama: Llama, window: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        if next(calls) == 0:
-            time.sleep(2)
-        return window_logits(llama, window)
+    def compiling(llama: Llama) -> None:
+        time.sleep(2)
+        warm_up(llama)
 
-    monkeypatch.setattr("minirt.perplexity.window_logits", compiling)
+    monkeypatch.setattr(Llama, "warm_up", compiling)
     result = cli("perplexity", tiny, "-f", VERSES, *FLAGS, "--chunks", 3)
     assert "3 windows of 64 tokens, 0." in result.output.partition("[1]")[0]
     assert result.stdout.splitlines()[0].count(",") == 3

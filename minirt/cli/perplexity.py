@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from ..llama import Llama
 
 MAX_TEXT = 64 << 20  # bytes
-WARM_UP = 64  # tokens
 
 
 @click.command(
@@ -84,15 +83,10 @@ class _Report:
         self.progress = Progress("scoring", " windows")
         self.n, self.n_ctx, self.begun = 0, 0, 0.0
 
-    def windows(self, llama: Llama, windows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    def windows(self, windows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
         """Yields (number from 1, window); the caller answers each with `scored`."""
-        from ..perplexity import window_logits
-
         self.n, self.n_ctx = windows.shape
         with self.progress:
-            if self.n > 1:  # or the first window's time would be mostly the compiler's
-                for _ in window_logits(llama, windows[0, :WARM_UP]):
-                    pass
             self.begun = time.perf_counter()
             yield from enumerate(windows, 1)
 
@@ -131,7 +125,7 @@ def _measure(
         with _base_file(save, windows.shape, llama.config.n_vocab) as base:
             if base is not None:
                 scoring.write_header(base, windows, llama.config.n_vocab)
-            for i, window in report.windows(llama, windows):
+            for i, window in report.windows(windows):
                 for logits, tokens in scoring.window_logits(llama, window):
                     running.add(logits, tokens)
                     if base is not None:
@@ -172,7 +166,7 @@ def _compare(
                     raise ModelError(f"{kld}: was made from another text, or with another tokenizer")
             divergence = scoring.Divergence()
             report.write("window        PPL    ln(PPL/base)          KLD  same top")
-            for i, window in report.windows(llama, windows):
+            for i, window in report.windows(windows):
                 for logits, tokens in scoring.window_logits(llama, window):
                     divergence.add(logits, tokens, base.read(len(tokens)))
                 s = divergence.statistics()
