@@ -16,7 +16,7 @@ from .rows import decode_row, dot_row
 from .softmax import exp, exp_row, row_maximum
 from .tiles import add_rows, score_rows
 
-TILE = 64  # cached rows scored before their values are added
+TILE = 64  # cached rows scored before their values are added; whole vectors, because score_rows rounds up to them
 
 
 @serial

@@ -17,7 +17,8 @@ from minirt.rope import Rope
 from minirt.stores import STORES
 
 TRUTH = ReferenceOps()
-HEADS = [(1, 1, 64), (6, 2, 64), (3, 3, 80), (8, 2, 80), (8, 1, 128), (4, 4, 128), (3, 1, 8)]  # H_q, H_kv, d
+# H_q, H_kv, d
+HEADS = [(1, 1, 64), (6, 2, 64), (3, 3, 80), (8, 2, 80), (8, 1, 128), (4, 4, 128), (7, 1, 64), (4, 2, 100), (3, 1, 8)]
 
 
 @pytest.fixture(scope="module", params=["cpu"])
