@@ -1,6 +1,6 @@
 """Ops in Numba: kernels compiled for this CPU on first use, then kept on disk."""
 
-from .compiled import most_threads
+from .compiled import may_compile
 from .ops import CpuOps
 
-__all__ = ["CpuOps", "most_threads"]
+__all__ = ["CpuOps", "may_compile"]

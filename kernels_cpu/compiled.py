@@ -10,17 +10,17 @@ import contextlib
 import hashlib
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Idle threads of GNU OpenMP spin for milliseconds by default and take the cores from BLAS, or from other programs.
-os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-
 import numba
+from numba.core import sigutils
+from numba.core.caching import FunctionCache
+from numba.core.ccallback import CFunc
 
 # Sums may be reordered into vector lanes; infinities and NaN keep their meaning.
-_OPTIONS = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
+_OPTIONS = {"fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
 
 
 def _cache_folder() -> str | None:
@@ -44,15 +44,37 @@ def _cache_folder() -> str | None:
 _FOLDER = _cache_folder()
 
 
-def _compiled(function: Callable[..., Any], **options: Any) -> Any:
+@contextlib.contextmanager
+def _our_folder() -> Iterator[None]:
+    """Numba's cache folder is the whole process's setting, not ours to keep."""
     before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, _FOLDER or numba.config.CACHE_DIR
     try:
-        dispatcher = numba.njit(cache=_FOLDER is not None, **_OPTIONS, **options)(function)
+        yield
     finally:
-        numba.config.CACHE_DIR = before  # the setting is the whole process's, not ours to keep
-    if _FOLDER is not None and most_threads() > 0:
+        numba.config.CACHE_DIR = before
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """Compiles a function when it is first called, for the types it is called with."""
+    with _our_folder():
+        dispatcher = numba.njit(cache=_FOLDER is not None, nogil=True, **_OPTIONS)(function)
+    if _FOLDER is not None and may_compile():
         dispatcher._cache = _ForgivingCache(dispatcher._cache)
     return dispatcher
+
+
+def callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Compiles a function at once, as one that kernels may call by its address: `.address`."""
+
+    def compiled(function: Callable[..., Any]) -> Any:
+        c = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=_OPTIONS)
+        with _our_folder():
+            if _FOLDER is not None:
+                c._cache = _ForgivingCache(FunctionCache(function))
+            c.compile()
+        return c
+
+    return compiled
 
 
 class _ForgivingCache:
@@ -77,16 +99,6 @@ class _ForgivingCache:
             self._cache.save_overload(signature, compiled)
 
 
-def serial(function: Callable[..., Any]) -> Any:
-    """Compiles a kernel that runs on the calling thread."""
-    return _compiled(function)
-
-
-def parallel(function: Callable[..., Any]) -> Any:
-    """Compiles a kernel whose `prange` loops run on all threads."""
-    return _compiled(function, parallel=True)
-
-
-def most_threads() -> int:
-    """Threads Numba can run, which NUMBA_NUM_THREADS may limit; 0 where it is told not to compile at all."""
-    return 0 if numba.config.DISABLE_JIT else int(numba.config.NUMBA_NUM_THREADS)
+def may_compile() -> bool:
+    """Whether Numba is allowed to."""
+    return not numba.config.DISABLE_JIT

@@ -9,28 +9,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import llvmlite.binding as llvm
-import numba
 from llvmlite import ir
 from numba.core import cgutils
+
+from .isa import has
 
 LANES = 16
 F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 
-_FEATURES = llvm.get_host_cpu_features()
-# Without these LLVM turns a half conversion into a library call that a JIT process may not have. A user may have told
-# Numba to compile for another CPU than this one.
-_OTHER_CPU = bool(numba.config.CPU_NAME or numba.config.CPU_FEATURES)
-HAS_HALF = not _OTHER_CPU and bool(_FEATURES.get("f16c") or _FEATURES.get("fullfp16") or _FEATURES.get("fp-armv8"))
+# Without these LLVM turns a half conversion into a library call that a JIT process may not have.
+HAS_HALF = has("f16c") or has("fullfp16") or has("fp-armv8")
 
 # A shuffle of 16 bytes by 16 indices has no word of its own in LLVM.
-SHUFFLE = (
-    "llvm.x86.ssse3.pshuf.b.128"
-    if _FEATURES.get("ssse3") and not _OTHER_CPU
-    else "llvm.aarch64.neon.tbl1.v16i8"
-    if _FEATURES.get("neon") and not _OTHER_CPU
-    else ""
-)
+SHUFFLE = "llvm.x86.ssse3.pshuf.b.128" if has("ssse3") else "llvm.aarch64.neon.tbl1.v16i8" if has("neon") else ""
 
 Value = Any  # llvmlite's ir.Value
 
@@ -74,48 +65,45 @@ def store(b: ir.IRBuilder, value: Value, pointer: Value) -> None:
     b.store(value, b.bitcast(pointer, value.type.as_pointer()), align=1)
 
 
+def prefetch(b: ir.IRBuilder, pointer: Value, size: int) -> None:
+    """Asks for the cache lines of `size` bytes; they may lie anywhere."""
+    kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, I32, I32, I32])
+    for offset in range(0, size, 64):
+        p = b.bitcast(at(b, pointer, offset), cgutils.voidptr_t)
+        function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0i8")
+        b.call(function, [p, I32(0), I32(3), I32(1)])  # to read, as near as can be, data
+
+
 def bits(b: ir.IRBuilder, value: Value, shift: int, width: int) -> Value:
     """(value >> shift) & (2^width - 1) of int32 numbers."""
-    return each(lambda v: b.and_(b.lshr(v, like(v, shift)), like(v, 2**width - 1)), value)
+    return b.and_(b.lshr(value, like(value, shift)) if shift else value, like(value, 2**width - 1))
 
 
 def join(b: ir.IRBuilder, low: Value, high: Value, shift: int) -> Value:
     """low | high << shift of int32 numbers."""
-    return each(lambda v, w: b.or_(v, b.shl(w, like(w, shift))), low, high)
+    return b.or_(low, b.shl(high, like(high, shift)))
 
 
 def minus(b: ir.IRBuilder, value: Value, amount: int) -> Value:
-    return each(lambda v: b.sub(v, like(v, amount)), value)
+    return b.sub(value, like(value, amount)) if amount else value
 
 
 def to_float(b: ir.IRBuilder, value: Value) -> Value:
     """Signed integers to float32."""
-    return each(lambda v: b.sitofp(v, vector(F32, v.type.count) if isinstance(v.type, ir.VectorType) else F32), value)
+    return b.sitofp(value, vector(F32, value.type.count) if isinstance(value.type, ir.VectorType) else F32)
 
 
 def look_up(b: ir.IRBuilder, table: Sequence[int], index: Value) -> Value:
-    """table[index] of 16 signed bytes, for int32 indices below 16: int32."""
-
-    def one(index: Value) -> Value:
-        if SHUFFLE:
-            bytes16 = ir.VectorType(I8, LANES)
-            kind = ir.FunctionType(bytes16, [bytes16, bytes16])
-            shuffle = cgutils.get_or_insert_function(b.module, kind, SHUFFLE)
-            return b.sext(b.call(shuffle, [ir.Constant(bytes16, list(table)), b.trunc(index, bytes16)]), index.type)
-        values = [like(index, value) for value in table]
-        for bit in range(4):
-            odd = b.icmp_signed("!=", bits(b, index, bit, 1), like(index, 0))
-            values = [b.select(odd, values[i + 1], values[i]) for i in range(0, len(values), 2)]
-        return values[0]
-
-    return each(one, index)
-
-
-def each(operation: Callable[..., Value], *values: Value) -> Value:
-    """The operation on values, or on each item of lists of them."""
-    if isinstance(values[0], list):
-        return [operation(*items) for items in zip(*values, strict=True)]
-    return operation(*values)
+    """table[index] of 16 unsigned bytes, for int32 indices below 16: int32."""
+    if SHUFFLE:
+        bytes16 = ir.VectorType(I8, LANES)
+        shuffle = cgutils.get_or_insert_function(b.module, ir.FunctionType(bytes16, [bytes16, bytes16]), SHUFFLE)
+        return b.zext(b.call(shuffle, [ir.Constant(bytes16, list(table)), b.trunc(index, bytes16)]), index.type)
+    values = [like(index, value) for value in table]
+    for bit in range(4):
+        odd = b.icmp_signed("!=", bits(b, index, bit, 1), like(index, 0))
+        values = [b.select(odd, values[i + 1], values[i]) for i in range(0, len(values), 2)]
+    return values[0]
 
 
 def like(value: Value, number: int) -> Value:
@@ -145,17 +133,118 @@ def half_to_float(b: ir.IRBuilder, half: Value) -> Value:
     return b.bitcast(b.or_(sign, magnitude), shaped(F32))
 
 
+def float_to_half(b: ir.IRBuilder, value: Value) -> Value:
+    """A float32 vector to float16 bits (int16), to the nearest, ties to even; too large becomes infinite."""
+    lanes = value.type.count
+    if HAS_HALF:
+        return b.bitcast(b.fptrunc(value, vector(ir.HalfType(), lanes)), vector(I16, lanes))
+
+    def c(number: int) -> Value:
+        return constant(I32, number, lanes)
+
+    whole = b.bitcast(value, vector(I32, lanes))
+    sign, rest = b.and_(b.lshr(whole, c(16)), c(0x8000)), b.and_(whole, c(0x7FFFFFFF))
+    odd = b.and_(b.lshr(rest, c(13)), c(1))
+    normal = b.lshr(b.add(b.add(rest, c(0xFFF - (112 << 23))), odd), c(13))
+    # Below the smallest normal half, adding 0.5 moves the mantissa to where a half has it, rounded.
+    moved = b.fadd(b.bitcast(rest, vector(F32, lanes)), constant(F32, 0.5, lanes))
+    small = b.sub(b.bitcast(moved, vector(I32, lanes)), c(126 << 23))
+    large = b.select(b.icmp_unsigned(">", rest, c(0x7F800000)), c(0x7E00), c(0x7C00))
+    found = b.select(b.icmp_unsigned("<", rest, c(113 << 23)), small, normal)
+    found = b.select(b.icmp_unsigned(">=", rest, c(143 << 23)), large, found)
+    return b.trunc(b.or_(sign, found), vector(I16, lanes))
+
+
 def multiply_add(b: ir.IRBuilder, x: Value, y: Value, z: Value) -> Value:
     """x * y + z in one rounding where the CPU can."""
     return b.fadd(b.fmul(x, y, flags=("contract",)), z, flags=("contract",))
 
 
-def horizontal_sum(b: ir.IRBuilder, value: Value) -> Value:
-    """Sum of all lanes, halving the vector each time."""
+def across_lanes(b: ir.IRBuilder, value: Value, join: Callable[[Value, Value], Value]) -> Value:
+    """All lanes joined into one number, halving the vector each time."""
     lanes = value.type.count
     while lanes > 1:
         lanes //= 2
-        halves = (ir.Constant(vector(I32, lanes), [i + side * lanes for i in range(lanes)]) for side in range(2))
-        low, high = (b.shuffle_vector(value, value, half) for half in halves)
-        value = b.fadd(low, high)
+        value = join(part(b, value, 0, lanes), part(b, value, lanes, lanes))
     return b.extract_element(value, I32(0))
+
+
+def horizontal_sum(b: ir.IRBuilder, value: Value) -> Value:
+    """Sum of all lanes."""
+    return across_lanes(b, value, b.fadd)
+
+
+def part(b: ir.IRBuilder, value: Value, first: int, count: int) -> Value:
+    """Lanes first ... first + count - 1."""
+    return b.shuffle_vector(value, value, ir.Constant(vector(I32, count), list(range(first, first + count))))
+
+
+def concatenate(b: ir.IRBuilder, parts: list[Value]) -> Value:
+    """Vectors one after the other; their number is a power of two."""
+    while len(parts) > 1:
+        lanes = ir.Constant(vector(I32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
+        parts = [b.shuffle_vector(x, y, lanes) for x, y in zip(parts[::2], parts[1::2], strict=True)]
+    return parts[0]
+
+
+def dot_bytes(b: ir.IRBuilder, total: Value, q: Value, x: Value) -> Value:
+    """total + the sum of four products in each of 16 int32 lanes: q holds 4 unsigned bytes, x 4 signed in -64 ... 63.
+
+    x is that small so that two products fit the signed 16 bits of AVX2's multiply-add.
+    """
+
+    def call(name: str, result: ir.Type, *args: Value) -> Value:
+        kind = ir.FunctionType(result, [a.type for a in args])
+        return b.call(cgutils.get_or_insert_function(b.module, kind, name), list(args))
+
+    def in_parts(lanes: int, one: Callable[[Value, Value, Value], Value]) -> Value:
+        return concatenate(b, [one(*(part(b, v, i, lanes) for v in (total, q, x))) for i in range(0, LANES, lanes)])
+
+    def multiply_add_pairs(lanes: int, bytes_name: str, words_name: str) -> Callable[[Value, Value, Value], Value]:
+        """Products of bytes are added in pairs to 16 bits, and these in pairs to 32."""
+        eights, sixteens, whole = vector(I8, 4 * lanes), vector(I16, 2 * lanes), vector(I32, lanes)
+
+        def one(t: Value, q: Value, x: Value) -> Value:
+            pairs = call(bytes_name, sixteens, b.bitcast(q, eights), b.bitcast(x, eights))
+            return b.add(t, call(words_name, whole, pairs, constant(I16, 1, 2 * lanes)))
+
+        return one
+
+    if has("avx512vnni", "avx512bw"):
+        return call("llvm.x86.avx512.vpdpbusd.512", total.type, total, q, x)
+    if has("avxvnni"):
+        return in_parts(8, lambda t, q, x: call("llvm.x86.avx512.vpdpbusd.256", t.type, t, q, x))
+    if has("avx512bw"):
+        names = "llvm.x86.avx512.pmaddubs.w.512", "llvm.x86.avx512.pmaddw.d.512"
+        return multiply_add_pairs(LANES, *names)(total, q, x)
+    if has("avx2"):
+        return in_parts(8, multiply_add_pairs(8, "llvm.x86.avx2.pmadd.ub.sw", "llvm.x86.avx2.pmadd.wd"))
+    if has("dotprod"):
+        eights = vector(I8)
+        name, limit = "llvm.aarch64.neon.udot.v4i32.v16i8", constant(I8, 64)
+
+        def unsigned(t: Value, q: Value, x: Value) -> Value:
+            # x + 64 is unsigned, and 64 times the sum of q comes off again.
+            q, x = b.bitcast(q, eights), b.add(b.bitcast(x, eights), limit)
+            return b.sub(call(name, t.type, t, q, x), call(name, t.type, like(t, 0), q, limit))
+
+        return in_parts(4, unsigned)
+    for byte in range(4):
+        factor = b.ashr(b.shl(x, like(x, 24 - 8 * byte)), like(x, 24))
+        total = b.add(total, b.mul(bits(b, q, 8 * byte, 8), factor))
+    return total
+
+
+def shuffle_bytes(b: ir.IRBuilder, table: Sequence[int], index: Value) -> Value:
+    """table[index] of 16 bytes, for each of the 4 bytes, all below 16, in 16 int32 lanes."""
+    names = (("avx512bw", 16, "llvm.x86.avx512.pshuf.b.512"), ("avx2", 8, "llvm.x86.avx2.pshuf.b"), ("", 4, SHUFFLE))
+    lanes, name = next((n, name) for feature, n, name in names if not feature or has(feature))
+    if not name:
+        found = [b.shl(look_up(b, table, bits(b, index, 8 * byte, 4)), like(index, 8 * byte)) for byte in range(4)]
+        return b.or_(b.or_(found[0], found[1]), b.or_(found[2], found[3]))
+    kind = vector(I8, 4 * lanes)
+    shuffle = cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, [kind, kind]), name)
+    entries, parts = ir.Constant(kind, list(table) * (lanes // 4)), []
+    for i in range(0, LANES, lanes):
+        parts.append(b.call(shuffle, [entries, b.bitcast(part(b, index, i, lanes), kind)]))
+    return concatenate(b, [b.bitcast(p, vector(I32, lanes)) for p in parts])

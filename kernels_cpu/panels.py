@@ -1,7 +1,13 @@
-"""Panels of 16 rows as kernels see them: dot products and decoding, compiled to explicit vectors for each format."""
+"""Panels of 16 rows as kernels see them: interleaving, dot products and decoding, compiled for each block format.
+
+A dot product works on integers, four columns an instruction where the CPU can, and on activations in 14 bits (see
+`activations`): the weights are what memory must deliver, and no arithmetic may take longer than that.
+"""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -10,72 +16,197 @@ from numba import from_dtype, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .blocks import FORMATS, Format, Panels
-from .ir_vectors import F32, I64, LANES, Value, at, into_array, load, multiply_add, splat, store, vector
+from .activations import BLOCK, BLOCK_BYTES, HIGH, LOW, RADIX, SCALE, SUMS, WHOLE_SUMS
+from .blocks import FORMATS, MASK, Format, Group, Panels
+from .compiled import callback
+from .ir_vectors import (
+    F32,
+    I32,
+    I64,
+    LANES,
+    Value,
+    at,
+    bits,
+    dot_bytes,
+    into_array,
+    like,
+    load,
+    minus,
+    multiply_add,
+    prefetch,
+    splat,
+    store,
+    to_float,
+    vector,
+)
 
-CHAINS = 4  # sums in flight: a multiply-add takes about four cycles and two can start in each
+COLUMNS = 8  # of a weight without blocks, in one turn
+
+AHEAD = 4096  # bytes of weights asked for before they are needed: a core's own guesses reach half the bandwidth
 
 PANEL_DTYPES = {name: np.dtype([(f"{name}_panel", "u1", (f.dtype.itemsize, LANES))]) for name, f in FORMATS.items()}
 _BY_RECORD = {from_dtype(PANEL_DTYPES[name]): f for name, f in FORMATS.items()}
 
 
-@intrinsic
-def dot_panel(typingctx: Any, w: Any, p: Any, x: Any, sums: Any, i: Any, out: Any) -> Any:
-    """out[i, 16 p : 16 p + 16] = panel p of w [panels, blocks] times row i of float32 x [N, n_in].
+def layout(f: Format) -> tuple[np.ndarray, np.ndarray]:
+    """Where each byte of a block of 16 rows comes from: row and byte, int32; and where its masks begin, int32."""
+    rows, places, masks, begin = [], [], [], 0
+    for size, unit in f.units:
+        if unit == MASK:
+            masks.append(LANES * begin)
+            unit = MASK // 8
+        for first, row in itertools.product(range(begin, begin + size, unit), range(LANES)):
+            rows += [row] * unit
+            places += range(first, first + unit)
+        begin += size
+    return np.array(rows, np.int32), np.array(places, np.int32), np.array(masks, np.int32)
 
-    sums [N, n_in / 16] are those of every 16 columns of x, for the minima. out [N, 16 panels] is float32, C-ordered.
+
+def _merged(groups: Iterator[Group]) -> Iterator[Group]:
+    """Groups of one scale within a block of activations become one, so that the scale is applied once."""
+    for _, run in itertools.groupby(groups, lambda g: (id(g.scale), id(g.minimum), g.start // BLOCK)):
+        same = list(run)
+        yield same[0]._replace(q=[word for group in same for word in group.q])
+
+
+def _dot_blocks(b: ir.IRBuilder, f: Format, panel: Value, x: list[Value], totals: list[Value]) -> None:
+    """Adds the product of one block of 16 rows and each row of activations x to the totals."""
+    for group in _merged(f.decode(b, Panels(b, panel))):
+        half = None if len(group.q) == BLOCK // 4 else group.start % BLOCK // LANES
+        for row, total in zip(x, totals, strict=True):
+            block = at(b, row, group.start // BLOCK * BLOCK_BYTES)
+            high = low = like(group.q[0], 0)
+            for k, word in enumerate(group.q):
+                place = group.start % BLOCK + 4 * k
+                high = dot_bytes(b, high, word, splat(b, load(b, at(b, block, HIGH + place), I32)))
+                low = dot_bytes(b, low, word, splat(b, load(b, at(b, block, LOW + place), I32)))
+            dot = b.add(b.shl(high, like(high, RADIX)), low)
+            whole, exact = (SUMS + 4 * half, SUMS + 8 + 4 * half) if half is not None else (WHOLE_SUMS, WHOLE_SUMS + 4)
+            if group.bias:
+                sum_x = load(b, at(b, block, whole), I32)
+                dot = b.sub(dot, splat(b, b.mul(sum_x, I32(group.bias))))
+            scale = b.fmul(group.scale, splat(b, load(b, at(b, block, SCALE), F32)))
+            value = multiply_add(b, to_float(b, dot), scale, b.load(total))
+            if group.minimum is not None:
+                value = multiply_add(b, group.minimum, splat(b, load(b, at(b, block, exact), F32)), value)
+            b.store(value, total)
+
+
+def _dot(b: ir.IRBuilder, f: Format, panel: Value, n: Value, x: list[Value]) -> list[Value]:
+    """A panel of n blocks times each row of activations."""
+    zero = ir.Constant(vector(F32), [0.0] * LANES)
+    if f.length > 1:
+        totals = [cgutils.alloca_once_value(b, zero) for _ in x]
+        with cgutils.for_range(b, n) as loop:
+            rows = [at(b, row, b.mul(loop.index, I64(f.length // BLOCK * BLOCK_BYTES))) for row in x]
+            block = at(b, panel, b.mul(loop.index, I64(LANES * f.dtype.itemsize)))
+            prefetch(b, at(b, block, AHEAD), LANES * f.dtype.itemsize)
+            _dot_blocks(b, f, block, rows, totals)
+        return [b.load(total) for total in totals]
+
+    chains = max(1, 4 // len(x))  # of sums: a multiply-add takes about four cycles and two can start in each
+    totals = [cgutils.alloca_once_value(b, zero) for _ in range(chains * len(x))]
+
+    def column(index: Value, chain: int) -> None:
+        (group,) = f.decode(b, Panels(b, at(b, panel, b.mul(index, I64(LANES * f.dtype.itemsize)))))
+        for i, row in enumerate(x):
+            total = totals[i * chains + chain % chains]
+            value = splat(b, load(b, at(b, row, b.mul(index, I64(4))), F32))
+            b.store(multiply_add(b, group.q, value, b.load(total)), total)
+
+    whole = b.udiv(n, I64(COLUMNS))
+    with cgutils.for_range(b, whole) as loop:
+        size = COLUMNS * LANES * f.dtype.itemsize
+        prefetch(b, at(b, panel, b.add(b.mul(loop.index, I64(size)), I64(AHEAD))), size)
+        for c in range(COLUMNS):
+            column(b.add(b.mul(loop.index, I64(COLUMNS)), I64(c)), c)
+    with cgutils.for_range_slice(b, b.mul(whole, I64(COLUMNS)), n, I64(1)) as (index, _):
+        column(index, 0)
+    found = []
+    for i in range(len(x)):
+        value = b.load(totals[i * chains])
+        for total in totals[i * chains + 1 : (i + 1) * chains]:
+            value = b.fadd(value, b.load(total))
+        found.append(value)
+    return found
+
+
+@intrinsic(prefer_literal=True)
+def _dot_panel(
+    typingctx: Any, name: Any, rows: Any, panel: Any, n: Any, x: Any, x_stride: Any, out: Any, out_stride: Any
+) -> Any:
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        _, _, panel, n, x, x_stride, out, out_stride = args
+        x_rows = [at(b, x, b.mul(x_stride, I64(i))) for i in range(rows.literal_value)]
+        for i, value in enumerate(_dot(b, FORMATS[name.literal_value], panel, n, x_rows)):
+            store(b, value, at(b, out, b.mul(out_stride, I64(i))))
+        return context.get_dummy_value()
+
+    i, p = types.int64, types.voidptr
+    return types.void(name, rows, p, i, p, i, p, i), codegen
+
+
+def panel_function(name: str, rows: int) -> Any:
+    """C function (panel, blocks, x, bytes from row to row of x, out, the same of out) for a few rows of x at once.
+
+    Writes 16 float32 of each row: the panel's product with activations of `activations`, or with float32 ones if the
+    format has no blocks.
+    """
+
+    @callback(types.void(types.voidptr, types.int64, types.voidptr, types.int64, types.voidptr, types.int64))
+    def dot_panel(panel, n, x, x_stride, out, out_stride):  # type: ignore[no-untyped-def]
+        _dot_panel(name, rows, panel, n, x, x_stride, out, out_stride)
+
+    return dot_panel
+
+
+@intrinsic
+def call_panel(
+    typingctx: Any, function: Any, panel: Any, n: Any, x: Any, x_stride: Any, out: Any, out_stride: Any
+) -> Any:
+    """Calls a `panel_function` by its address; panel, x and out are addresses too."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        function, panel, n, x, x_stride, out, out_stride = args
+        p = cgutils.voidptr_t
+        kind = ir.FunctionType(ir.VoidType(), [p, I64, p, I64, p, I64])
+        panel, x, out = (b.inttoptr(v, p) for v in (panel, x, out))
+        b.call(b.inttoptr(function, kind.as_pointer()), [panel, n, x, x_stride, out, out_stride])
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(i, i, i, i, i, i, i), codegen
+
+
+@intrinsic
+def decode_panel(typingctx: Any, w: Any, p: Any, first: Any, n: Any, out: Any, i: Any) -> Any:
+    """out[:, 16 i : 16 i + 16] = n blocks of panel p of w [panels, blocks] from `first` on, as float32, transposed.
+
+    out [columns, 16 or more], float32, C-ordered.
     """
     f: Format = _BY_RECORD[w.dtype]
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
-        w, p, x, sums, i, out = args
-        panel, shape, _ = into_array(context, b, signature.args[0], w, p)
-        x_row, _, _ = into_array(context, b, signature.args[2], x, i)
-        sum_row, _, _ = into_array(context, b, signature.args[3], sums, i)
-        target, _, _ = into_array(context, b, signature.args[5], out, i, b.mul(p, I64(LANES)))
-        zero = ir.Constant(vector(F32), [0.0] * LANES)
-        total = cgutils.alloca_once_value(b, zero)
-        with cgutils.for_range(b, shape[1]) as loop:
-            xs = at(b, x_row, b.mul(loop.index, I64(4 * f.length)))
-            x16 = at(b, sum_row, b.mul(loop.index, I64(4 * f.length // LANES)))
-            reader = Panels(b, at(b, panel, b.mul(loop.index, I64(LANES * f.dtype.itemsize))))
-            value = b.load(total)
-            for group in f.decode(b, reader):
-                chains = [zero] * CHAINS
-                for c, q in enumerate(group.q):
-                    column = splat(b, load(b, at(b, xs, 4 * (group.start + c)), F32))
-                    chains[c % CHAINS] = multiply_add(b, q, column, chains[c % CHAINS])
-                dot = b.fadd(b.fadd(chains[0], chains[1]), b.fadd(chains[2], chains[3]))
-                value = multiply_add(b, dot, group.scale, value)
-                if group.minimum is not None:
-                    sum16 = splat(b, load(b, at(b, x16, 4 * (group.start // LANES)), F32))
-                    value = multiply_add(b, group.minimum, sum16, value)
-            b.store(value, total)
-        store(b, b.load(total), target)
-        return context.get_dummy_value()
+        w, p, first, n, out, i = args
+        panel, _, _ = into_array(context, b, signature.args[0], w, p, first)
+        target, (_, width), _ = into_array(context, b, signature.args[4], out, I64(0), b.mul(i, I64(LANES)))
 
-    return types.void(w, types.int64, x, sums, types.int64, out), codegen
+        def put(value: Value, column: Value) -> None:
+            store(b, value, at(b, target, b.mul(b.mul(column, width), I64(4))))
 
-
-@intrinsic
-def decode_panel(typingctx: Any, w: Any, p: Any, out: Any, i: Any) -> Any:
-    """out[:, 16 i : 16 i + 16] = panel p of w [panels, blocks], transposed; out [n_in, columns], float32, C-ordered."""
-    f: Format = _BY_RECORD[w.dtype]
-
-    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
-        w, p, out, i = args
-        panel, shape, _ = into_array(context, b, signature.args[0], w, p)
-        target, (_, width), _ = into_array(context, b, signature.args[2], out, I64(0), b.mul(i, I64(LANES)))
-        with cgutils.for_range(b, shape[1]) as loop:
-            reader = Panels(b, at(b, panel, b.mul(loop.index, I64(LANES * f.dtype.itemsize))))
-            first = b.mul(loop.index, I64(f.length))
-            for group in f.decode(b, reader):
-                for c, q in enumerate(group.q):
-                    value = b.fmul(q, group.scale)
+        with cgutils.for_range(b, n) as loop:
+            begin = b.mul(loop.index, I64(f.length))
+            for group in f.decode(b, Panels(b, at(b, panel, b.mul(loop.index, I64(LANES * f.dtype.itemsize))))):
+                if group.scale is None:
+                    put(group.q, begin)
+                    continue
+                for k, byte in itertools.product(range(LANES // 4), range(4)):
+                    q = minus(b, bits(b, group.q[k], 8 * byte, 8), group.bias)
+                    value = b.fmul(to_float(b, q), group.scale)
                     if group.minimum is not None:
                         value = b.fadd(value, group.minimum)
-                    column = b.add(first, I64(group.start + c))
-                    store(b, value, at(b, target, b.mul(b.mul(column, width), I64(4))))
+                    put(value, b.add(begin, I64(group.start + 4 * k + byte)))
         return context.get_dummy_value()
 
-    return types.void(w, types.int64, out, types.int64), codegen
+    x = types.int64
+    return types.void(w, x, x, x, out, x), codegen

@@ -15,6 +15,7 @@ from .ir_vectors import (
     I64,
     LANES,
     Value,
+    across_lanes,
     at,
     horizontal_sum,
     into_array,
@@ -46,12 +47,7 @@ def row_maximum(typingctx: Any, x: Any, i: Any, begin: Any, end: Any, start: Any
             b.store(larger(b.load(high), load(b, at(b, row, b.mul(loop.index, I64(4 * LANES))), vector(F32))), high)
         with cgutils.for_range_slice(b, b.mul(whole, I64(LANES)), n, I64(1)) as (index, _):
             b.store(larger(b.load(high), splat(b, load(b, at(b, row, b.mul(index, I64(4))), F32))), high)
-        value, lanes = b.load(high), LANES
-        while lanes > 1:
-            lanes //= 2
-            halves = [ir.Constant(vector(I32, lanes), list(range(k * lanes, (k + 1) * lanes))) for k in range(2)]
-            value = larger(*(b.shuffle_vector(value, value, half) for half in halves))
-        return b.extract_element(value, I32(0))
+        return across_lanes(b, b.load(high), larger)
 
     i64, f32 = types.int64, types.float32
     return f32(x, i64, i64, i64, f32), codegen

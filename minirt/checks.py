@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 
+from .config import ModelConfig
 from .ops import KV
+from .rope import Angles
+
+if TYPE_CHECKING:
+    from .weights import LayerWeights
 
 
 def check_tokens(tokens: np.ndarray, n_vocab: int) -> None:
@@ -12,17 +19,40 @@ def check_tokens(tokens: np.ndarray, n_vocab: int) -> None:
         raise ValueError(f"token ids must be a list of numbers from 0 to {n_vocab - 1}")
 
 
+def check_product(x: np.ndarray, norm: np.ndarray, *matrices: Any) -> None:
+    for matrix in matrices:
+        if x.shape[1] != matrix.shape[1] or norm.shape != x.shape[1:]:
+            raise ValueError(f"activations {x.shape} and norm {norm.shape} do not fit a weight {matrix.shape}")
+
+
+def check_qkv(x: np.ndarray, layer: LayerWeights, config: ModelConfig, angles: Angles) -> None:
+    check_product(x, layer.attn_norm, layer.wq, layer.wk, layer.wv)
+    d, (_, n, pairs) = config.head_dim, angles.values.shape
+    if n != len(x) or 2 * pairs > d:
+        raise ValueError(f"angles {angles.values.shape} do not fit activations {x.shape}, heads of {d}")
+    q, kv = config.n_head * d, config.n_head_kv * d
+    if layer.wq.shape[0] != q or layer.wk.shape[0] != kv or layer.wv.shape[0] != kv:
+        raise ValueError(f"projections to {layer.wq.shape[0]} and {layer.wk.shape[0]} do not fit heads of {d}")
+
+
+def check_feed_forward(x: np.ndarray, layer: LayerWeights) -> None:
+    check_product(x, layer.ffn_norm, layer.w_gate)
+    if not layer.w_gate.shape == layer.w_up.shape == layer.w_down.shape[::-1]:
+        raise ValueError(f"gate {layer.w_gate.shape}, up {layer.w_up.shape}, down {layer.w_down.shape} do not fit")
+
+
 def check_slots(kv: KV, seq: np.ndarray, slot: np.ndarray) -> None:
     n_seq, _, n_slot, _ = kv.k.shape
-    if seq.min() < 0 or seq.max() >= n_seq or slot.min() < 0 or slot.max() >= n_slot:
-        raise ValueError(f"cache of {n_seq} sequences x {n_slot} slots cannot take slots {slot.min()}..{slot.max()}")
+    (least_seq, most_seq), (least, most) = _bounds(seq), _bounds(slot)
+    if least_seq < 0 or most_seq >= n_seq or least < 0 or most >= n_slot:
+        raise ValueError(f"cache of {n_seq} sequences x {n_slot} slots cannot take slots {least}..{most}")
 
 
 def check_ranges(q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray) -> None:
     n_seq, n_head_kv, n_slot, head_dim = kv.k.shape
     if q.shape[0] != n_seq or q.shape[1] % n_head_kv or q.shape[2] != head_dim:
         raise ValueError(f"queries {q.shape} do not fit a cache {kv.k.shape}")
-    if len(first) != n_seq or len(stop) != n_seq or first.min() < 0 or stop.max() > n_slot:
+    if len(first) != n_seq or len(stop) != n_seq or _bounds(first)[0] < 0 or _bounds(stop)[1] > n_slot:
         raise ValueError(f"slot ranges {first}..{stop} lie outside a cache of {n_slot} slots")
 
 
@@ -32,3 +62,11 @@ def check_chunk(q: np.ndarray, kv: KV, seq: int, start: int, window: int) -> Non
         raise ValueError(f"queries {q.shape} do not fit a cache {kv.k.shape}")
     if not 0 <= seq < n_seq or start < 0 or start + len(q) > n_slot or window < 0:
         raise ValueError(f"chunk {start}..{start + len(q)} of sequence {seq} lies outside a cache {kv.k.shape}")
+
+
+def _bounds(indices: np.ndarray) -> tuple[int, int]:
+    """The smallest and the largest: for a few numbers Python is quicker than a NumPy reduction."""
+    if len(indices) > 16:
+        return int(indices.min()), int(indices.max())
+    values = indices.tolist()
+    return min(values), max(values)

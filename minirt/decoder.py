@@ -54,25 +54,16 @@ class Decoder:
         x = ops.embed(self.weights.token_embd, np.asarray(tokens, np.int32))
         angles = ops.angles(self.rope, pos)
         for layer, w in enumerate(self.weights.layers):
-            q, k, v = ops.norm_linear(x, w.attn_norm, c.rms_eps, (w.wq, w.wk, w.wv), (w.bq, w.bk, w.bv))
-            q = q.reshape(n, c.n_head, c.head_dim)
-            k = k.reshape(n, c.n_head_kv, c.head_dim)
-            v = v.reshape(n, c.n_head_kv, c.head_dim)
-            if w.q_norm is not None:
-                ops.norm_heads(q, w.q_norm, c.rms_eps)
-                ops.norm_heads(k, w.k_norm, c.rms_eps)
-            ops.rotate(q, angles, self.rope)
-            ops.rotate(k, angles, self.rope)
+            q, k, v = ops.qkv(x, w, c, angles)
             out = attention(layer, q, k, v)
             ops.add_linear(x, out.reshape(n, c.n_head * c.head_dim), w.wo)
-            h = ops.gated(x, w.ffn_norm, c.rms_eps, w.w_gate, w.w_up)
-            ops.add_linear(x, h, w.w_down)
+            ops.feed_forward(x, w, c)
         return x
 
     @np.errstate(over="ignore", invalid="ignore")
     def _logits(self, x: Array) -> np.ndarray:
         w = self.weights
-        out = self.ops.to_host(self.ops.norm_linear(x, w.output_norm, self.config.rms_eps, (w.output,), (None,))[0])
+        out = self.ops.to_host(self.ops.logits(x, w.output_norm, self.config.rms_eps, w.output))
         if not np.isfinite(np.add.reduce(out, axis=None)):
             raise ModelError("the logits are not finite: the file's weights are damaged, or too large for --kv f16")
         return out

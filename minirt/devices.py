@@ -24,11 +24,11 @@ def open_ops(device: str, threads: int | None) -> Ops:
         from .reference import ReferenceOps
 
         return ReferenceOps()
-    from kernels_cpu import CpuOps, most_threads
+    from kernels_cpu import CpuOps, may_compile
 
-    if most_threads() == 0:
+    if not may_compile():
         raise UsageError("NUMBA_DISABLE_JIT is set, and the CPU kernels must be compiled; or use --device reference")
-    return CpuOps(min(threads or physical_cores(), most_threads()))
+    return CpuOps(threads or physical_cores())
 
 
 def usable_cpus() -> int:

@@ -12,14 +12,17 @@ Every op validates shapes and indices before a kernel sees them and raises Value
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from .gguf_file import Tensor
-from .rope import Rope
+from .rope import Angles, Rope
 from .stores import Store
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+    from .weights import LayerWeights
 
 Array = Any  # the device's array: numpy.ndarray, cupy.ndarray
 Matrix = Any  # the device's weight [n_out, n_in], in its own layout, with .shape and .nbytes, the bytes of reading it
@@ -53,26 +56,21 @@ class Ops(Protocol):
     def embed(self, table: Matrix, tokens: IntArray) -> Array:
         """Rows `tokens` [N] of the table: [N, n_embd], owned by the caller. Raises ValueError on an id outside it."""
 
-    def norm_linear(
-        self, x: Array, norm: Array, eps: float, matrices: Sequence[Matrix], biases: Sequence[Array | None]
-    ) -> list[Array]:
-        """RMSNorm of x [N, n_in], then each projection: [N, n_out_i]. One call so that a device can fuse it."""
-
-    def gated(self, x: Array, norm: Array, eps: float, gate: Matrix, up: Matrix) -> Array:
-        """silu(gate(n)) * up(n) with n = RMSNorm(x): the SwiGLU half of the feed-forward, [N, n_ff]."""
+    def qkv(self, x: Array, layer: LayerWeights, config: ModelConfig, angles: Angles) -> tuple[Array, Array, Array]:
+        """Queries [N, H_q, d], keys and values [N, H_kv, d] of a layer: RMSNorm of x, three projections and their
+        biases, norms of the heads (qwen3), rotary embedding of queries and keys (RoFormer, arXiv 2104.09864)."""
 
     def add_linear(self, x: Array, h: Array, matrix: Matrix) -> None:
         """x += h @ matrix.T, in place; h [N, n_in], x [N, n_out]."""
 
-    def norm_heads(self, x: Array, norm: Array, eps: float) -> None:
-        """RMSNorm of each head in place: x [N, H, d], norm [d] (qwen3)."""
+    def feed_forward(self, x: Array, layer: LayerWeights, config: ModelConfig) -> None:
+        """x += down(silu(gate(n)) * up(n)) with n = RMSNorm(x), in place: SwiGLU (arXiv 2002.05202)."""
 
-    # -- positions -----------------------------------------------------------------------------------------------------
-    def angles(self, rope: Rope, pos: IntArray) -> Array:
-        """What `rotate` needs for the true positions `pos` [N]; made once per forward pass."""
+    def logits(self, x: Array, norm: Array, eps: float, matrix: Matrix) -> Array:
+        """RMSNorm of x, then the output projection: [N, n_vocab], owned by the caller."""
 
-    def rotate(self, x: Array, angles: Array, rope: Rope) -> None:
-        """Rotary embedding of x [N, H, d] in place (RoFormer, arXiv 2104.09864)."""
+    def angles(self, rope: Rope, pos: IntArray) -> Angles:
+        """What `qkv` needs for the true positions `pos` [N]; made once per forward pass."""
 
     # -- cache ---------------------------------------------------------------------------------------------------------
     def allocate(self, store: Store, shape: tuple[int, int, int, int]) -> Array:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .checks import check_chunk, check_ranges, check_slots, check_tokens
+from .checks import check_chunk, check_feed_forward, check_product, check_qkv, check_ranges, check_slots, check_tokens
 from .dequantize import dequantize
 from .gguf_file import Tensor
 from .ops import KV
-from .rope import Rope
+from .rope import Angles, Rope
 from .stores import STORES, Store
+
+if TYPE_CHECKING:
+    from .config import ModelConfig
+    from .weights import LayerWeights
 
 
 @dataclass(frozen=True)
@@ -46,38 +50,36 @@ class ReferenceOps:
         check_tokens(tokens, table.shape[0])
         return table.values[tokens]
 
-    def norm_linear(
-        self,
-        x: np.ndarray,
-        norm: np.ndarray,
-        eps: float,
-        matrices: Sequence[DenseMatrix],
-        biases: Sequence[np.ndarray | None],
-    ) -> list[np.ndarray]:
-        h = rms_norm(x, norm, eps)
-        out = [h @ m.values.T for m in matrices]
-        return [o if b is None else o + b for o, b in zip(out, biases, strict=True)]
+    def qkv(
+        self, x: np.ndarray, layer: LayerWeights, config: ModelConfig, angles: Angles
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        check_qkv(x, layer, config, angles)
+        h = rms_norm(x, layer.attn_norm, config.rms_eps)
 
-    def gated(self, x: np.ndarray, norm: np.ndarray, eps: float, gate: DenseMatrix, up: DenseMatrix) -> np.ndarray:
-        h = rms_norm(x, norm, eps)
-        return silu(h @ gate.values.T) * (h @ up.values.T)
+        def project(matrix: DenseMatrix, bias: np.ndarray | None, norm: np.ndarray | None) -> np.ndarray:
+            out = h @ matrix.values.T + (0.0 if bias is None else bias)
+            heads = out.astype(np.float32).reshape(len(x), -1, config.head_dim)
+            return heads if norm is None else rms_norm(heads, norm, config.rms_eps)
+
+        q, k = project(layer.wq, layer.bq, layer.q_norm), project(layer.wk, layer.bk, layer.k_norm)
+        rotate(q, angles)
+        rotate(k, angles)
+        return q, k, project(layer.wv, layer.bv, None)
 
     def add_linear(self, x: np.ndarray, h: np.ndarray, matrix: DenseMatrix) -> None:
         x += h @ matrix.values.T
 
-    def norm_heads(self, x: np.ndarray, norm: np.ndarray, eps: float) -> None:
-        x[:] = rms_norm(x, norm, eps)
+    def feed_forward(self, x: np.ndarray, layer: LayerWeights, config: ModelConfig) -> None:
+        check_feed_forward(x, layer)
+        h = rms_norm(x, layer.ffn_norm, config.rms_eps)
+        x += (silu(h @ layer.w_gate.values.T) * (h @ layer.w_up.values.T)) @ layer.w_down.values.T
 
-    def angles(self, rope: Rope, pos: np.ndarray) -> np.ndarray:
-        return rope.angles(pos)
+    def logits(self, x: np.ndarray, norm: np.ndarray, eps: float, matrix: DenseMatrix) -> np.ndarray:
+        check_product(x, norm, matrix)
+        return rms_norm(x, norm, eps) @ matrix.values.T
 
-    def rotate(self, x: np.ndarray, angles: np.ndarray, rope: Rope) -> None:
-        cos, sin = angles[:, :, None, :]
-        if rope.interleaved:
-            a, b = x[..., 0 : rope.dim : 2], x[..., 1 : rope.dim : 2]
-        else:
-            a, b = x[..., : rope.dim // 2], x[..., rope.dim // 2 : rope.dim]
-        a[:], b[:] = a * cos - b * sin, a * sin + b * cos
+    def angles(self, rope: Rope, pos: np.ndarray) -> Angles:
+        return Angles(rope.angles(pos), rope.interleaved)
 
     def allocate(self, store: Store, shape: tuple[int, int, int, int]) -> np.ndarray:
         return np.zeros(shape, store.dtype)
@@ -103,6 +105,14 @@ class ReferenceOps:
         visible = (slot <= row) & ((slot > row - window) if window else True)
         mask = np.where(visible, 0.0, -np.inf).astype(np.float32)
         return attention(q, KV(kv.k[seq, :, :stop], kv.v[seq, :, :stop]), mask)
+
+
+def rotate(x: np.ndarray, angles: Angles) -> None:
+    """Turns the leading components of each head of x [N, H, d], in place."""
+    cos, sin = angles.values[:, :, None, :]
+    dim = 2 * cos.shape[-1]
+    a, b = (x[..., 0:dim:2], x[..., 1:dim:2]) if angles.interleaved else (x[..., : dim // 2], x[..., dim // 2 : dim])
+    a[:], b[:] = a * cos - b * sin, a * sin + b * cos
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +36,13 @@ class Rope:
         """
         theta = pos[:, None] * self.frequency
         return (self.magnitude * np.stack([np.cos(theta), np.sin(theta)])).astype(np.float32)
+
+
+class Angles(NamedTuple):
+    """What a forward pass needs of a Rope on a device."""
+
+    values: Any  # the device's array [2, N, rope_dim / 2]: cosines and sines, times the magnitude
+    interleaved: bool
 
 
 def make_rope(config: ModelConfig, factors: np.ndarray | None = None) -> Rope:

@@ -149,7 +149,7 @@ def test_a_longer_text_computes_only_what_is_new(llama: Llama) -> None:
     assert llama.generate(again, max_tokens=1).timings.prompt_tokens == len(again) - len(prompt) - 7
 
 
-@pytest.mark.parametrize("op", ["embed", "append", "attend", "gated", "norm_linear"])
+@pytest.mark.parametrize("op", ["embed", "append", "attend", "feed_forward", "qkv"])
 @pytest.mark.parametrize("calls", [1, 2, 5, 8])
 def test_an_interrupt_anywhere_leaves_a_session_that_goes_on_correctly(llama: Llama, op: str, calls: int) -> None:
     prompt = llama.tokenize("the interrupted one")
@@ -167,7 +167,7 @@ def test_an_interrupt_anywhere_leaves_a_session_that_goes_on_correctly(llama: Ll
 def test_an_interrupted_prompt_can_be_fed_again(llama: Llama) -> None:
     prompt = llama.tokenize("the interrupted one")
     exact = llama.logits(prompt)[-1]
-    interrupt_at(llama, "gated", 2)
+    interrupt_at(llama, "feed_forward", 2)
     with pytest.raises(KeyboardInterrupt):
         llama.session.feed(prompt)
     np.testing.assert_allclose(llama.session.feed(prompt), exact, atol=1e-5)
@@ -178,7 +178,7 @@ def test_an_interrupted_answer_keeps_what_it_said(llama: Llama) -> None:
     whole = llama.generate("hello", max_tokens=12, sampling=GREEDY)
     llama.session.reset()
     a = llama.stream("hello", max_tokens=12, sampling=GREEDY)
-    interrupt_at(llama, "gated", 9)
+    interrupt_at(llama, "feed_forward", 9)
     with pytest.raises(KeyboardInterrupt):
         a.finish()
     assert a.finish_reason is None

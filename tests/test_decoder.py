@@ -12,6 +12,7 @@ import pytest
 from minirt import Llama
 
 CASES = {case.name: case for case in golden.cases()}
+EXACT, ROUNDED = 2e-5, 1e-3  # a decode step on weights in blocks keeps activations in 14 bits on the CPU
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +40,8 @@ def test_steps_equal_the_prompt(folder: Path, name: str, device: str) -> None:
         decoder, cache = llama.decoder, llama.session.cache
         parts = [decoder.prefill(cache, tokens[:1], logits="all"), decoder.prefill(cache, tokens[1:14], logits="all")]
         parts += [decoder.decode(cache, [token]) for token in tokens[14:]]
-    assert np.abs(np.concatenate(parts) - whole).max() <= 2e-5 * np.abs(whole).max()
+    allowed = ROUNDED if device == "cpu" and case.model.get("type", "F").startswith("Q") else EXACT
+    assert np.abs(np.concatenate(parts) - whole).max() <= allowed * np.abs(whole).max()
 
 
 def test_sequences_of_a_batch_do_not_mix(folder: Path) -> None:

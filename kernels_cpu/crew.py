@@ -1,0 +1,219 @@
+"""A crew: threads that share the tasks of one kernel call within microseconds, and go to sleep soon after the last.
+
+The caller publishes a function and a number of tasks, and takes tasks itself until none is left; a worker that is
+awake takes some too. Nobody waits for a thread that has not begun: if the other cores are busy, the caller does it all.
+Tasks write to places of their own, so results do not depend on who did what.
+
+The state is one int64 array, a cache line a field. TICKET holds (calls so far << 32 | tasks left): a task is taken by a
+compare-and-swap, so a thread that looked away cannot take one of a later call by mistake, and what is taken belongs to
+a call that cannot end, or change FUNCTION and ENVIRONMENT, before the task is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+import weakref
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .compiled import kernel
+from .ir_vectors import I32, I64, Value, at, into_array
+from .isa import ARM, X86
+
+TICKET, DONE, FUNCTION, ENVIRONMENT = 0, 64, 128, 192  # byte offsets
+TASK_BITS = 32
+AWAKE = 200e-6  # seconds a worker looks for work before it sleeps: longer than the Python between two kernel calls
+PATIENCE = 1000  # looks at a task another thread has begun, before the core is offered to others
+
+_TASK = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, I64])
+
+
+def _field(b: ir.IRBuilder, state: Value, offset: int) -> Value:
+    return b.bitcast(at(b, state, offset), I64.as_pointer())
+
+
+def _pause(b: ir.IRBuilder) -> None:
+    """Tells the core that it waits in a loop."""
+    if X86:
+        b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(ir.VoidType(), []), "llvm.x86.sse2.pause"), [])
+    elif ARM:
+        kind = ir.FunctionType(ir.VoidType(), [I32])
+        b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.aarch64.hint"), [I32(1)])
+
+
+def _offer_core(b: ir.IRBuilder) -> None:
+    """Lets another thread have this core, where the system has a plain call for it."""
+    if hasattr(ctypes.pythonapi, "sched_yield"):
+        b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(I32, []), "sched_yield"), [])
+
+
+def _take_task(b: ir.IRBuilder, state: Value) -> tuple[Value, Value]:
+    """(whether a task was taken, its number)."""
+    ticket = _field(b, state, TICKET)
+    seen = b.load_atomic(ticket, "acquire", 8)
+    left = b.and_(seen, I64(2**TASK_BITS - 1))
+    taken = cgutils.alloca_once_value(b, cgutils.false_bit)
+    with b.if_then(b.icmp_signed(">", left, I64(0))):
+        result = b.cmpxchg(ticket, seen, b.sub(seen, I64(1)), "acq_rel", "acquire")
+        b.store(b.extract_value(result, 1), taken)
+    return b.load(taken), b.sub(left, I64(1))
+
+
+def _do_task(b: ir.IRBuilder, state: Value, task: Value) -> None:
+    function = b.inttoptr(b.load(_field(b, state, FUNCTION)), _TASK.as_pointer())
+    environment = b.inttoptr(b.load(_field(b, state, ENVIRONMENT)), cgutils.voidptr_t)
+    b.call(function, [environment, task])
+    b.atomic_rmw("add", _field(b, state, DONE), I64(1), "acq_rel")
+
+
+@intrinsic
+def _serve(typingctx: Any, state: Any, patience: Any) -> Any:
+    """Does tasks until none was found `patience` times in a row."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        state, _, _ = into_array(context, b, signature.args[0], args[0])
+        idle = cgutils.alloca_once_value(b, I64(0))
+        loop, end = b.append_basic_block("look"), b.append_basic_block("end")
+        b.branch(loop)
+        b.position_at_end(loop)
+        taken, task = _take_task(b, state)
+        with b.if_else(taken) as (yes, no):
+            with yes:
+                _do_task(b, state, task)
+                b.store(I64(0), idle)
+            with no:
+                _pause(b)
+                b.store(b.add(b.load(idle), I64(1)), idle)
+        b.cbranch(b.icmp_signed("<", b.load(idle), args[1]), loop, end)
+        b.position_at_end(end)
+        return context.get_dummy_value()
+
+    return types.void(state, types.int64), codegen
+
+
+@kernel
+def _serve_until_idle(state, patience):  # type: ignore[no-untyped-def]
+    _serve(state, patience)
+
+
+@intrinsic
+def share(typingctx: Any, state: Any, n: Any, function: Any, args: Any) -> Any:
+    """Calls function(*args, i) for every i < n on the threads of the crew with this state; returns when all is done.
+
+    function: a compiled kernel that returns nothing and raises nothing.
+    """
+    call = function.get_call_type(typingctx, (*args.types, types.int64), {})
+    compiled = function.dispatcher.get_compile_result(call)
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, values: Any) -> Value:
+        state, _, _ = into_array(context, b, signature.args[0], values[0])
+        n, environment = values[1], cgutils.alloca_once_value(b, values[3])
+        context.active_code_library.add_linking_library(compiled.library)
+        task = ir.Function(b.module, _TASK, name=b.module.get_unique_name("task"))
+        task.linkage = "internal"
+        inner = ir.IRBuilder(task.append_basic_block())
+        stored = inner.load(inner.bitcast(task.args[0], environment.type))
+        arguments = [inner.extract_value(stored, i) for i in range(len(args.types))]
+        context.call_internal_no_propagate(inner, compiled.fndesc, call, [*arguments, task.args[1]])
+        inner.ret_void()
+
+        with b.if_then(b.icmp_signed(">", n, I64(0))):
+            b.store(I64(0), _field(b, state, DONE))
+            b.store(b.ptrtoint(task, I64), _field(b, state, FUNCTION))
+            b.store(b.ptrtoint(environment, I64), _field(b, state, ENVIRONMENT))
+            ticket = _field(b, state, TICKET)
+            calls = b.lshr(b.load_atomic(ticket, "monotonic", 8), I64(TASK_BITS))
+            b.store_atomic(b.or_(b.shl(b.add(calls, I64(1)), I64(TASK_BITS)), n), ticket, "release", 8)
+            _work_and_wait(b, state, n)
+        return context.get_dummy_value()
+
+    return types.void(state, types.int64, function, args), codegen
+
+
+def _work_and_wait(b: ir.IRBuilder, state: Value, n: Value) -> None:
+    work, finish, wait, again, offer, end = (
+        b.append_basic_block(name) for name in ("work", "finish", "wait", "again", "offer", "end")
+    )
+    looks = cgutils.alloca_once_value(b, I64(0))
+    b.store(I64(0), looks)
+    b.branch(work)
+    b.position_at_end(work)
+    taken, task = _take_task(b, state)
+    left = b.and_(b.load_atomic(_field(b, state, TICKET), "acquire", 8), I64(2**TASK_BITS - 1))
+    with b.if_then(taken):
+        _do_task(b, state, task)
+    # Another thread may have been quicker with one task while more are left.
+    b.cbranch(b.or_(taken, b.icmp_signed(">", left, I64(0))), work, finish)
+    b.position_at_end(finish)
+    b.branch(wait)
+    b.position_at_end(wait)
+    b.cbranch(b.icmp_signed("<", b.load_atomic(_field(b, state, DONE), "acquire", 8), n), again, end)
+    b.position_at_end(again)
+    _pause(b)
+    count = b.add(b.load(looks), I64(1))
+    b.store(count, looks)
+    b.cbranch(b.icmp_signed(">", count, I64(PATIENCE)), offer, wait)
+    b.position_at_end(offer)
+    _offer_core(b)
+    b.branch(wait)
+    b.position_at_end(end)
+
+
+class Crew:
+    """The caller and `threads` - 1 workers. One call at a time: its users take turns."""
+
+    def __init__(self, threads: int):
+        self.threads = threads
+        self.state = np.zeros(64, np.int64)
+        self._bells = [_Bell() for _ in range(threads - 1)]
+        for bell in self._bells:
+            thread = threading.Thread(target=_work, args=(self.state, bell), name="minirt", daemon=True)
+            thread.start()
+        weakref.finalize(self, _dismiss, self._bells)
+
+    def call(self) -> np.ndarray:
+        """The state, for a kernel that will share tasks: wakes those who sleep."""
+        for bell in self._bells:
+            if bell.asleep:
+                bell.asleep = False
+                bell.rung.release()
+        return self.state
+
+
+class _Bell:
+    """How a worker is woken."""
+
+    def __init__(self) -> None:
+        self.asleep = False
+        self.dismissed = False
+        self.rung = threading.Semaphore(0)
+
+
+def _dismiss(bells: list[_Bell]) -> None:
+    for bell in bells:
+        bell.dismissed = True
+        bell.rung.release()
+
+
+def _work(state: np.ndarray, bell: _Bell) -> None:
+    patience = _looks_in(AWAKE)
+    while not bell.dismissed:
+        _serve_until_idle(state, patience)
+        bell.asleep = True
+        bell.rung.acquire()
+
+
+def _looks_in(seconds: float) -> int:
+    """How many times a worker looks for work in that time: a pause takes from 10 to 140 cycles."""
+    nothing, looks = np.zeros(64, np.int64), 1000
+    _serve_until_idle(nothing, 1)
+    begun = time.perf_counter()
+    _serve_until_idle(nothing, looks)
+    return max(1, int(looks * seconds / max(time.perf_counter() - begun, 1e-9)))

@@ -1,0 +1,38 @@
+"""Memory for weights, in huge pages where the system has them: with small ones, looking up addresses costs as much time
+as reading the weights does."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+
+import numpy as np
+
+PAGE = 2 << 20  # bytes of a huge page
+CHUNK = 64 << 20  # what is asked for at once; pages that are never written cost nothing
+LINE = 64  # bytes of a cache line
+
+
+class Arena:
+    """Hands out arrays one after the other; their memory is freed with the last of a chunk."""
+
+    def __init__(self) -> None:
+        self._chunk, self._used = np.empty(0, np.uint8), 0
+
+    def array(self, shape: tuple[int, ...]) -> np.ndarray:
+        """uint8, at a cache line; its bytes are undefined."""
+        size = int(np.prod(shape, dtype=np.int64))
+        if self._used + size > len(self._chunk):
+            self._chunk, self._used = _huge_pages(max(size, CHUNK)), 0
+        found = self._chunk[self._used : self._used + size]
+        self._used += -(-size // LINE) * LINE
+        return found.reshape(shape)
+
+
+def _huge_pages(size: int) -> np.ndarray:
+    memory = mmap.mmap(-1, size + PAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = np.frombuffer(memory, np.uint8)
+    return whole[-whole.ctypes.data % PAGE :]
