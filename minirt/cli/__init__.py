@@ -17,6 +17,7 @@ import click
 
 from ..errors import ModelError, UsageError
 from ..version import __version__
+from .bench import bench
 from .chat import chat
 from .info import info
 from .perplexity import perplexity
@@ -110,5 +111,5 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (chat, run, info, perplexity, tokenize):
+for _command in (chat, run, info, bench, perplexity, tokenize):
     main.add_command(_command)

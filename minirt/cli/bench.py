@@ -1,0 +1,184 @@
+"""`minirt bench`: how fast a model runs here, in the words of llama-bench."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from ..errors import UsageError
+from ..progress import Progress
+from .bench_output import FORMATS, open_output
+from .options import Engine
+
+MAX_NUMBER = 1 << 24
+MAX_NUMBERS = 1000  # in one list
+
+_RANGE = re.compile(r"(\d+)(?:-(\d+)(?:([+*])(\d+))?)?", re.ASCII)
+
+
+def expand(text: str) -> Iterator[int]:
+    """The numbers of a list as llama-bench takes it: "512", "128,256", "1-4", "0-4096+1024", "1-64*2".
+
+    Raises ValueError where it is none, or a range that does not move on.
+    """
+    for part in text.split(","):
+        match = _RANGE.fullmatch(part.strip())
+        if match is None:
+            raise ValueError(part)
+        first, operator, step = int(match[1]), match[3] or "+", int(match[4] or 1)
+        last = first if match[2] is None else int(match[2])
+        number = first
+        while True:
+            yield number
+            following = number + step if operator == "+" else number * step
+            if last < first or following <= number:
+                raise ValueError(part)
+            if following > last:
+                break
+            number = following
+
+
+def _numbers(low: int, high: Callable[[], int] = lambda: MAX_NUMBER) -> Callable[..., list[int]]:
+    """A callback: all numbers of a repeated option, each within low..high."""
+
+    def check(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> list[int]:
+        out: list[int] = []
+        for value in values:
+            try:
+                out += itertools.islice(expand(value), MAX_NUMBERS + 1 - len(out))
+            except ValueError:
+                raise click.BadParameter(
+                    f"'{value}' is not a list of numbers such as 512 or 128,256 or 1-8 or 0-4096+1024 or 1-64*2."
+                ) from None
+            for number in out:
+                if not low <= number <= high():
+                    raise click.BadParameter(f"{number} is out of range ({low} to {high()}).")
+            if len(out) > MAX_NUMBERS:
+                raise click.BadParameter(f"'{value}' is more than {MAX_NUMBERS} numbers.")
+        return out
+
+    return check
+
+
+def _usable_cpus() -> int:
+    from ..devices import usable_cpus
+
+    return usable_cpus()
+
+
+def _positive(ctx: click.Context, option: click.Parameter, value: int) -> int:
+    if not 1 <= value <= MAX_NUMBER:
+        raise click.BadParameter(f"{value} is out of range (1 to {MAX_NUMBER}).")
+    return value
+
+
+def _pairs(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, int]]:
+    out = []
+    for value in values:
+        match = re.fullmatch(r"\s*(\d{1,8}),\s*(\d{1,8})\s*", value, re.ASCII)
+        if match is None or max(int(match[1]), int(match[2])) > MAX_NUMBER:
+            raise click.BadParameter(f"'{value}' is not two numbers such as 512,128.")
+        out.append((int(match[1]), int(match[2])))
+    return out
+
+
+def _names(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> list[str]:
+    return [name.strip() for value in values for name in value.split(",")]
+
+
+def _list(
+    names: str, default: str, text: str, callback: Callable[..., Any], shown: str = "", metavar: str = "N,..."
+) -> Any:
+    """An option that takes a list and may be repeated."""
+    text += f"  [default: {shown or default}]" if shown or default else ""
+    values = (default,) if default else ()
+    return click.option(*names.split(), multiple=True, default=values, callback=callback, metavar=metavar, help=text)
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  minirt bench
+  minirt bench a.gguf b.gguf -p 512 -n 128 -r 3
+  minirt bench model.gguf -p 0 -n 64 -d 0,1024,4096 -t 1,2
+  minirt bench model.gguf -p 0 -n 32 -b 1-8*2 -o jsonl > speed.jsonl
+"""
+)
+@click.argument("models", nargs=-1, metavar="[MODEL]...")
+@_list("-p --n-prompt prompts", "512", "Prompt processing, N tokens (pp); 0: none.", _numbers(0))
+@_list("-n --n-gen gens", "128", "Text generation, N tokens (tg); 0: none.", _numbers(0))
+@_list("-pg pairs", "", "A prompt and its answer together, timed as one.", _pairs, metavar="PP,TG")
+@_list("-d --n-depth depths", "0", "Tokens in the context before the test begins.", _numbers(0))
+@_list("-b --batch sequences", "1", "Sequences that are generated together, a token of each per step.", _numbers(1))
+@_list("-t --threads", "", "CPU threads.", _numbers(1, _usable_cpus), "physical cores")
+@_list("--policy policies", "dense", "Which cached tokens are kept and read.", _names, metavar="NAME,...")
+@_list("--kv kvs", "f16", "How keys and values are stored: f16 or f32.", _names, metavar="TYPE,...")
+@click.option(
+    "--device", default="auto", metavar="NAME",
+    help="auto, cpu, gpu, or reference (NumPy: slow, exact).  [default: auto]",
+)  # fmt: skip
+@click.option(
+    "-r", "--repetitions", type=int, default=5, metavar="N", callback=_positive,
+    help="Runs of each test that count.  [default: 5]",
+)  # fmt: skip
+@click.option("--no-warmup", is_flag=True, help="Leave out the run of each test that does not count.")
+@click.option(
+    "-o", "--output", type=click.Choice(list(FORMATS)), default="md", metavar="FORMAT",
+    help="md, csv, json or jsonl.  [default: md]",
+)  # fmt: skip
+def bench(
+    models: tuple[str, ...],
+    prompts: list[int],
+    gens: list[int],
+    pairs: list[tuple[int, int]],
+    depths: list[int],
+    sequences: list[int],
+    threads: list[int],
+    policies: list[str],
+    kvs: list[str],
+    device: str,
+    repetitions: int,
+    no_warmup: bool,
+    output: str,
+) -> None:
+    """Measures how fast models run on this machine.
+
+    Flags, tests and figures are llama-bench's, save -b. Each flag with N,... takes several values, also as ranges
+    (1-8, 0-4096+1024, 1-64*2), and may be repeated; every combination is tested. A test is run once to warm up, then
+    -r times; t/s is mean ± standard deviation, all sequences together. Neither tokenising nor sampling is timed.
+
+    GB/s: the weights and the cache that text generation had to read. The last column is its share of what the same
+    threads read from memory, measured just before; it can exceed 100 % if a model fits the processor's caches.
+    """
+    from ..bench import all_workloads, check_room, measure, read_bandwidth, record
+    from ..devices import physical_cores
+    from ..llama import MIN_CONTEXT, default_model_path
+
+    workloads = all_workloads(prompts, gens, pairs, depths, sequences)
+    if not workloads:
+        raise UsageError("nothing to measure: -p and -n are 0")
+    paths = models or (str(default_model_path()),)
+    for path in paths:
+        check_room(path, workloads, policies, kvs)
+    shown = {"policy": policies != ["dense"], "kv": kvs != ["f16"], "batch": sequences != [1]}
+    with open_output(output, {name for name, wanted in shown.items() if wanted}) as write:
+        for path, n_threads in itertools.product(paths, threads or (physical_cores(),)):
+            with Engine(policies[0], kvs[0], device, n_threads, MIN_CONTEXT).load(path) as llama:
+                with Progress("measuring memory bandwidth"):
+                    limit = read_bandwidth(n_threads, llama.decoder.ops.name)
+                for policy, kv, workload in itertools.product(policies, kvs, workloads):
+                    with Progress(f"measuring {workload}", " tokens") as progress:
+                        result = measure(
+                            llama,
+                            workload,
+                            policy=policy,
+                            kv=kv,
+                            repetitions=repetitions,
+                            warmup=not no_warmup,
+                            progress=progress,
+                        )
+                    write(record(llama, result, limit))
