@@ -38,10 +38,11 @@ class Answer(Iterator[str]):
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self.timings = Timings()
-        self._session, self._tokenizer, self._prompt = session, tokenizer, prompt
-        self._sampler, self._stop, self._progress = Sampler(sampling), tuple(stop), progress
+        self._sampler, self._stop, self._eog_ids = Sampler(sampling), tuple(stop), tokenizer.eog_ids
         self._max_tokens = max_tokens if max_tokens is not None else session.n_ctx
-        self._pieces = self._run()
+        self._decoder = tokenizer.stream_decoder(start=False)  # it continues the prompt
+        self._held = ""  # text that might be the beginning of a stop string
+        self._pieces = filter(None, self._run(session, prompt, progress))
 
     def __iter__(self) -> Answer:
         return self
@@ -57,33 +58,34 @@ class Answer(Iterator[str]):
             pass
         return self
 
-    def _run(self) -> Iterator[str]:
-        logits = self._session.feed(self._prompt, self._progress)
-        self.timings = self._session.timings
-        decoder = self._tokenizer.stream_decoder(start=False)  # it continues the prompt
-        held = ""  # text that might be the beginning of a stop string
-        for token in self._session.generate(logits, self._sampler, self._max_tokens):
-            if token in self._tokenizer.eog_ids:
-                self.finish_reason = "stop"
-                break
-            self.tokens.append(token)
-            held += decoder.push(token)
-            found = min((i for i in (held.find(s) for s in self._stop) if i >= 0), default=-1)
-            if found >= 0:
-                self.finish_reason = "stop"
-                if found:
-                    yield held[:found]
+    def _run(self, session: Session, prompt: Sequence[int], progress: Progress | None) -> Iterator[str]:
+        logits = session.feed(prompt, progress)
+        self.timings = session.timings
+        for token in session.generate(logits, self._sampler, self._max_tokens):
+            yield self._push(token)
+            if self.finish_reason is not None:
                 return
-            ready = len(held) - _possible_stop(held, self._stop)
-            if ready:
-                yield held[:ready]
-                held = held[ready:]
-        else:
-            full = len(self._session.tokens) == self._session.n_ctx and len(self.tokens) < self._max_tokens
-            self.finish_reason = "context" if full else "length"
-        held += decoder.flush()
-        if held:
-            yield held
+        full = len(session.tokens) == session.n_ctx and len(self.tokens) < self._max_tokens
+        yield self._end("context" if full else "length")
+
+    def _push(self, token: int) -> str:
+        """Takes a sampled token; returns the text that is now certain, possibly ""."""
+        if token in self._eog_ids:
+            return self._end("stop")
+        self.tokens.append(token)
+        held = self._held + self._decoder.push(token)
+        found = min((i for i in (held.find(s) for s in self._stop) if i >= 0), default=-1)
+        if found >= 0:
+            self.finish_reason = "stop"
+            return held[:found]
+        ready = len(held) - _possible_stop(held, self._stop)
+        self._held = held[ready:]
+        return held[:ready]
+
+    def _end(self, reason: str) -> str:
+        """Notes why no token follows; returns the text that was held back."""
+        self.finish_reason = reason
+        return self._held + self._decoder.flush()
 
 
 def _possible_stop(text: str, stop: Sequence[str]) -> int:

@@ -9,11 +9,12 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
 from .answer import Answer
+from .batch import BATCH_SIZE, BatchAnswer, complete, each, is_several
 from .cache import allocate_cache
 from .chat_template import ChatTemplate, load_template
 from .config import ModelConfig
@@ -26,11 +27,13 @@ from .sampling import Sampling
 from .session import Progress, Session
 from .stores import get_store
 from .tokenizer import Tokenizer
-from .weights import Weights, load_weights
+from .weights import LAYER_TENSORS, Weights, load_weights
 
 DEFAULT_CONTEXT = 8192  # tokens, where the model allows more
 MIN_CONTEXT = 8
+PROMPT = 32  # tokens that no device takes for a few rows
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
+Prompts = list[str] | list[list[int]]  # not Sequence[str], which a str is too
 
 
 class Llama:
@@ -79,12 +82,7 @@ class Llama:
         if n_ctx < MIN_CONTEXT:
             raise UsageError(f"--ctx {n_ctx} is out of range ({MIN_CONTEXT} or more)")
         plan = chosen.plan(config, n_ctx, store, store)
-        memory = physical_memory()
-        if plan.nbytes(config) > memory:
-            raise UsageError(
-                f"--ctx {n_ctx} needs {plan.nbytes(config) / 2**30:.1f} GiB of KV cache, "
-                f"this machine has {memory / 2**30:.1f} GiB of memory"
-            )
+        check_memory(f"--ctx {n_ctx}", plan.nbytes(config))
         tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
         if tokenizer.n_vocab != config.n_vocab:
             raise ModelError(f"{file.path}: {tokenizer.n_vocab} tokens, but embeddings for {config.n_vocab}")
@@ -130,6 +128,14 @@ class Llama:
         cache = allocate_cache(small, self.config, d.ops)
         d.prefill(cache, [0] * (MIN_CONTEXT - 1))
         d.decode(cache, [0])
+        # A prompt is computed otherwise than a few rows are: one layer of each kind is enough to see to that.
+        kinds = {}
+        for i, layer in enumerate(d.weights.layers):
+            tensors = (self.file.tensors.get(f"blk.{i}.{name}") for name in LAYER_TENSORS.values())
+            kinds[tuple(tensor and tensor.type.name for tensor in tensors)] = layer
+        some = Decoder(self.config, dataclasses.replace(d.weights, layers=list(kinds.values())), d.ops, d.policy)
+        prompt = d.policy.plan(self.config, PROMPT, plan.k_store, plan.v_store)
+        some.prefill(allocate_cache(prompt, self.config, d.ops), [0] * PROMPT, logits="none")
 
     def tokenize(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
         """Text -> token ids. add_bos: None = as the file says; parse_special: special tokens in the text are tokens."""
@@ -162,6 +168,7 @@ class Llama:
         stops = (stop,) if isinstance(stop, str) else stop
         return Answer(self.session, self.tokenizer, tokens, sampling or Sampling(), max_tokens, stops, progress)
 
+    @overload
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -169,9 +176,46 @@ class Llama:
         max_tokens: int | None = None,
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
-    ) -> Answer:
-        """As `stream`, run to its end: read .text, .tokens, .finish_reason and .timings."""
-        return self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop).finish()
+    ) -> Answer: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: Prompts,
+        *,
+        max_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        batch_size: int = BATCH_SIZE,
+    ) -> list[Answer]: ...
+
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        max_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        batch_size: int = BATCH_SIZE,
+    ) -> Answer | list[Answer]:
+        """As `stream`, run to its end: read .text, .tokens, .finish_reason and .timings.
+
+        A list of prompts, not of token ids, gives the list of their answers; an empty list an empty one. They are
+        computed together, up to batch_size at a time, apart from the session. All else holds for each prompt: with a
+        seed, its answer is what it is alone. Raises ModelError if any is empty or too long, before time is spent, and
+        UsageError if memory cannot hold the batch.
+        """
+        if not is_several(prompt, (int, np.integer)):
+            return self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop).finish()
+        if batch_size < 1:
+            raise UsageError(f"batch_size {batch_size} is out of range (1 or more)")
+        prompts, how = each("prompts", self._fitting, prompt), sampling or Sampling()
+        stops = (stop,) if isinstance(stop, str) else stop
+        answers = [BatchAnswer(self.session, self.tokenizer, p, how, max_tokens, stops) for p in prompts]
+        if prompts:
+            longest = self.n_ctx if max_tokens is None else max(len(p) for p in prompts) + max_tokens
+            complete(self._sessions(min(batch_size, len(prompts)), longest), zip(prompts, answers, strict=True))
+        return [*answers]
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
         """The token ids of a conversation, ready for the assistant's turn, by the model's chat template."""
@@ -179,6 +223,7 @@ class Llama:
         self._check_length(text)
         return self.tokenizer.encode_chat(text)
 
+    @overload
     def chat(
         self,
         messages: Sequence[Message],
@@ -186,9 +231,37 @@ class Llama:
         max_tokens: int | None = None,
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
-    ) -> Answer:
-        """The assistant's next message: messages are {"role": "system"|"user"|"assistant", "content": text}."""
-        return self.generate(self.chat_prompt(messages), max_tokens=max_tokens, sampling=sampling, stop=stop)
+    ) -> Answer: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Sequence[Message]],
+        *,
+        max_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        batch_size: int = BATCH_SIZE,
+    ) -> list[Answer]: ...
+
+    def chat(
+        self,
+        messages: Any,
+        *,
+        max_tokens: int | None = None,
+        sampling: Sampling | None = None,
+        stop: str | Sequence[str] = (),
+        batch_size: int = BATCH_SIZE,
+    ) -> Answer | list[Answer]:
+        """The assistant's next message: messages are {"role": "system"|"user"|"assistant", "content": text}.
+
+        A list of conversations gives the list of their answers, as `generate` does.
+        """
+        if not is_several(messages, Mapping):
+            tokens = self.chat_prompt(messages)
+            return self.stream(tokens, max_tokens=max_tokens, sampling=sampling, stop=stop).finish()
+        prompts = each("messages", lambda one: self._fitting(self.chat_prompt(one)), messages)
+        return self.generate(prompts, max_tokens=max_tokens, sampling=sampling, stop=stop, batch_size=batch_size)
 
     def logits(self, tokens: Sequence[int]) -> np.ndarray:
         """float32 logits [n, n_vocab] after each of n tokens, computed apart from the session."""
@@ -200,6 +273,20 @@ class Llama:
         logits = d.prefill(allocate_cache(plan, self.config, d.ops), tokens, logits="all")
         assert logits is not None
         return logits
+
+    def _sessions(self, n: int, n_ctx: int) -> list[Session]:
+        """Sessions for n sequences of up to n_ctx tokens in one new cache; UsageError if memory cannot hold it."""
+        d, own = self.decoder, self.session
+        n_ctx = min(max(n_ctx, MIN_CONTEXT), self.n_ctx)
+        plan = d.policy.plan(self.config, n_ctx, own.cache.plan.k_store, own.cache.plan.v_store)
+        check_memory(f"a batch of {n} sequences of up to {n_ctx} tokens", plan.nbytes(self.config, n))
+        cache = allocate_cache(plan, self.config, d.ops, n)
+        return [Session(d, cache, self.n_ctx, own.weight_bytes, seq) for seq in range(n)]
+
+    def _fitting(self, prompt: str | Sequence[int]) -> list[int]:
+        tokens = self.prompt_tokens(prompt) if isinstance(prompt, str) else self._checked(prompt)
+        self.session.check(tokens)
+        return tokens
 
     def _check_length(self, text: str) -> None:
         size, most = len(text.encode(errors="surrogatepass")), self.n_ctx * self.tokenizer.longest
@@ -232,6 +319,15 @@ def bytes_per_token(weights: Weights) -> int:
         values = (getattr(layer, f.name) for f in dataclasses.fields(layer))
         nbytes += sum(value.nbytes for value in values if value is not None)
     return nbytes
+
+
+def check_memory(what: str, nbytes: int) -> None:
+    """Raises UsageError if a KV cache of so many bytes is more than this machine's memory."""
+    memory = physical_memory()
+    if nbytes > memory:
+        raise UsageError(
+            f"{what} needs {nbytes / 2**30:.1f} GiB of KV cache, this machine has {memory / 2**30:.1f} GiB of memory"
+        )
 
 
 def physical_memory() -> int:

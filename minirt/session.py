@@ -20,7 +20,7 @@ Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 
 @dataclass
 class Timings:
-    """What one answer cost."""
+    """What one answer cost; of a batch, its share of the steps: sums over its answers are what the batch cost."""
 
     prompt_tokens: int = 0  # computed, that is without what the cache already held
     prompt_seconds: float = 0.0
@@ -30,30 +30,37 @@ class Timings:
 
 
 class Session:
-    """The tokens whose keys and values are in the cache, and how to go on from them."""
+    """The tokens whose keys and values are in the cache, and how to go on from them.
 
-    def __init__(self, decoder: Decoder, cache: Cache, n_ctx: int, weight_bytes: int):
-        self.decoder, self.cache, self.n_ctx = decoder, cache, n_ctx
+    Of a cache of several sequences it is one, `seq`; all of them step together then, which `minirt.batch` does.
+    """
+
+    def __init__(self, decoder: Decoder, cache: Cache, n_ctx: int, weight_bytes: int, seq: int = 0):
+        self.decoder, self.cache, self.n_ctx, self.seq = decoder, cache, n_ctx, seq
         self.weight_bytes = weight_bytes  # read by each decode step
         self.tokens: list[int] = []
         self.timings = Timings()
 
-    def feed(self, tokens: Sequence[int], progress: Progress | None = None) -> np.ndarray:
-        """Makes the cache hold exactly `tokens`; returns float32 logits [n_vocab] after the last one.
-
-        Raises ModelError if there are none or more than the context holds; the session is then unchanged.
-        """
+    def check(self, tokens: Sequence[int]) -> None:
+        """Raises ModelError if there are none or more than the context holds."""
         if not len(tokens):
             raise ModelError("the prompt is empty")
         if len(tokens) > self.n_ctx:
             raise ModelError(f"the prompt has {len(tokens)} tokens, the context holds {self.n_ctx} (see --ctx)")
+
+    def feed(self, tokens: Sequence[int], progress: Progress | None = None) -> np.ndarray:
+        """Makes the cache hold exactly `tokens`; returns float32 logits [n_vocab] after the last one.
+
+        Raises ModelError as `check`; the session is then unchanged.
+        """
+        self.check(tokens)
         begun = time.perf_counter()
         kept = self._rewind(min(_common_prefix(self.tokens, tokens), len(tokens) - 1))
         logits = None
         for start in range(kept, len(tokens), PREFILL_CHUNK):
             chunk = tokens[start : start + PREFILL_CHUNK]
             last = start + len(chunk) == len(tokens)
-            logits = self.decoder.prefill(self.cache, chunk, logits="last" if last else "none")
+            logits = self.decoder.prefill(self.cache, chunk, self.seq, logits="last" if last else "none")
             self.tokens.extend(chunk)
             if progress is not None:
                 progress(start + len(chunk) - kept, len(tokens) - kept)
@@ -66,12 +73,16 @@ class Session:
         begun = time.perf_counter()
         self._rewind(len(self.tokens))
         logits = self.decoder.decode(self.cache, [token])[0]
-        self.tokens.append(token)
-        config, policy = self.decoder.config, self.decoder.policy
-        self.timings.tokens += 1
-        self.timings.bytes_read += self.weight_bytes + policy.bytes_read(config, self.cache.plan, len(self.tokens))
-        self.timings.seconds += time.perf_counter() - begun
+        self.stepped(token, time.perf_counter() - begun)
         return logits
+
+    def stepped(self, token: int, seconds: float, together: int = 1) -> None:
+        """Notes that the decoder appended a token, in a step of so many seconds for so many sequences together."""
+        self.tokens.append(token)
+        read = self.decoder.policy.bytes_read(self.decoder.config, self.cache.plan, len(self.tokens))
+        self.timings.tokens += 1
+        self.timings.bytes_read += self.weight_bytes // together + read
+        self.timings.seconds += seconds / together
 
     def generate(self, logits: np.ndarray, sampler: Sampler, max_tokens: int) -> Iterator[int]:
         """Yields up to max_tokens sampled ids, stopping when the context is full.
@@ -96,7 +107,7 @@ class Session:
 
     def _rewind(self, n: int) -> int:
         """Keeps the first n tokens at most. Also heals a cache that an interrupt left ahead of `tokens`."""
-        kept = self.decoder.policy.rewind(self.cache, 0, n)
+        kept = self.decoder.policy.rewind(self.cache, self.seq, n)
         del self.tokens[kept:]
         return kept
 

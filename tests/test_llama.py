@@ -90,7 +90,7 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_encoded(tiny: Path) -> N
 
 def test_token_ids_are_checked(tiny: Path) -> None:
     with Llama.load(tiny, n_ctx=32) as llama:
-        for call in (llama.logits, llama.generate):
+        for call in (llama.logits, lambda tokens: llama.stream(tokens).finish()):
             with pytest.raises(ModelError, match="token id 99999 is out of range"):
                 call([1, 99999])
             with pytest.raises(ModelError, match="empty"):

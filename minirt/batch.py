@@ -1,0 +1,119 @@
+"""Several prompts answered together: a step appends a token to each sequence and reads every weight once for all.
+
+A prompt beyond the size of the batch waits, and takes the place of the first sequence that ends. When none waits, the
+batch shrinks: the last sequence moves to the place that became free, so that those at work are always the first of the
+cache, and a step sees a cache of so many sequences. For that a policy's side arrays are [B, ...], written in place, and
+a sequence of n tokens lies in its first n slots.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from .answer import Answer
+from .cache import Cache
+from .errors import ModelError, UsageError
+from .ops import KV
+from .session import Progress, Session
+
+BATCH_SIZE = 8  # sequences; up to so many, the CPU multiplies a weight as it lies in memory
+
+Row = tuple[Session, "BatchAnswer"]  # row i of a step is sequence i of the cache
+
+
+class BatchAnswer(Answer):
+    """An answer that grows by what a batch computes; complete when it is returned, so iterating gives nothing."""
+
+    def _run(self, session: Session, prompt: Sequence[int], progress: Progress | None) -> Iterator[str]:
+        return iter(())
+
+    def grow(self, session: Session, logits: np.ndarray) -> None:
+        """Takes one more token, chosen from the logits [n_vocab] after those of the session."""
+        self.text += self._push(self._sampler(logits, session.tokens))
+        if self.finish_reason is None and len(self.tokens) == self._max_tokens:
+            self.text += self._end("length")
+        elif self.finish_reason is None and len(session.tokens) == session.n_ctx:
+            self.text += self._end("context")
+
+
+def complete(sessions: Iterable[Session], tasks: Iterable[tuple[Sequence[int], BatchAnswer]]) -> None:
+    """Makes every (prompt, answer) grow to its end, as many at a time as there are sessions.
+
+    The sessions are those of all sequences of one cache, in order. An error or an interrupt leaves the answers as far
+    as they came, and the cache of no use.
+    """
+    waiting = iter(tasks)
+    rows = [(session, answer) for session in sessions if (answer := _next(session, waiting))]
+    while rows:
+        _step(rows)
+        for i in reversed(range(len(rows))):
+            session, answer = rows[i]
+            if answer.finish_reason is None:
+                continue
+            follower = _next(session, waiting)
+            if follower is not None:
+                rows[i] = session, follower
+                continue
+            last, _ = row = rows.pop()
+            if last is not session:
+                _move(last.cache, last.seq, i)
+                last.seq, rows[i] = i, row
+
+
+def _next(session: Session, waiting: Iterator[tuple[Sequence[int], BatchAnswer]]) -> BatchAnswer | None:
+    """Feeds waiting prompts until an answer needs more than its first token; None if none is left."""
+    for prompt, answer in waiting:  # what the last text of this place has in common with the prompt is kept
+        logits = session.feed(prompt)
+        answer.timings = session.timings
+        answer.grow(session, logits)
+        if answer.finish_reason is None:
+            return answer
+    return None
+
+
+def _step(rows: Sequence[Row]) -> None:
+    """Appends the last token of each answer to its sequence, and chooses the next."""
+    any_session, begun = rows[0][0], time.perf_counter()
+    tokens = [answer.tokens[-1] for _, answer in rows]
+    logits = any_session.decoder.decode(_first(any_session.cache, len(rows)), tokens)
+    seconds = time.perf_counter() - begun
+    for (session, answer), token, after in zip(rows, tokens, logits, strict=True):
+        session.stepped(token, seconds, len(rows))
+        answer.grow(session, after)
+
+
+def _first(cache: Cache, n: int) -> Cache:
+    """The first n sequences of a cache, in the same memory."""
+    layers = [KV(k[:n], v[:n]) for k, v in cache.layers]
+    side = {name: [array[:n] for array in arrays] for name, arrays in cache.side.items()}
+    return Cache(cache.plan, layers, cache.n_seen[:n], side)
+
+
+def _move(cache: Cache, source: int, target: int) -> None:
+    """Copies one sequence over another, without touching memory that the first has not filled."""
+    n = int(cache.n_seen[source])
+    for array in (array for kv in cache.layers for array in kv):
+        array[target, :, :n] = array[source, :, :n]
+    for array in (array for arrays in cache.side.values() for array in arrays):
+        array[target] = array[source]
+    cache.n_seen[target] = n
+
+
+def is_several(given: Any, single: type | tuple[type, ...]) -> bool:
+    """Whether what was given is a list of prompts, rather than one prompt whose parts are `single`."""
+    return isinstance(given, (list, tuple)) and not (given and isinstance(given[0], single))
+
+
+def each(name: str, function: Callable[[Any], list[int]], prompts: Iterable[Any]) -> list[list[int]]:
+    """function(prompt) for each prompt; its errors say which one."""
+    out = []
+    for i, prompt in enumerate(prompts):
+        try:
+            out.append(function(prompt))
+        except (ModelError, UsageError) as e:
+            raise type(e)(f"{name}[{i}]: {e}") from None
+    return out
