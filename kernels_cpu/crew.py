@@ -4,6 +4,9 @@ The caller publishes a function and a number of tasks, and takes tasks itself un
 awake takes some too. Nobody waits for a thread that has not begun: if the other cores are busy, the caller does it all.
 Tasks write to places of their own, so results do not depend on who did what.
 
+A thread whose core was taken away in the middle of a task does hold up the others, for as long as the system likes. So
+a caller that had to wait unusually long does the next calls alone.
+
 The state is one int64 array, a cache line a field. TICKET holds (calls so far << 32 | tasks left): a task is taken by a
 compare-and-swap, so a thread that looked away cannot take one of a later call by mistake, and what is taken belongs to
 a call that cannot end, or change FUNCTION and ENVIRONMENT, before the task is done.
@@ -12,6 +15,8 @@ a call that cannot end, or change FUNCTION and ENVIRONMENT, before the task is d
 from __future__ import annotations
 
 import ctypes
+import functools
+import os
 import threading
 import time
 import weakref
@@ -27,10 +32,11 @@ from .compiled import kernel
 from .ir_vectors import I32, I64, Value, at, into_array
 from .isa import ARM, X86
 
-TICKET, DONE, FUNCTION, ENVIRONMENT = 0, 64, 128, 192  # byte offsets
+TICKET, FUNCTION, ENVIRONMENT, DONE, STALL, ALONE = 0, 8, 16, 64, 128, 136  # byte offsets
 TASK_BITS = 32
 AWAKE = 200e-6  # seconds a worker looks for work before it sleeps: longer than the Python between two kernel calls
-PATIENCE = 1000  # looks at a task another thread has begun, before the core is offered to others
+STALLED = 1e-3  # seconds of waiting for a task that tell of a lost core; STALL holds it in looks
+CALLS_ALONE = 1000  # after that; ALONE counts them down
 
 _TASK = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, I64])
 
@@ -107,60 +113,85 @@ def _serve_until_idle(state, patience):  # type: ignore[no-untyped-def]
 def share(typingctx: Any, state: Any, n: Any, function: Any, args: Any) -> Any:
     """Calls function(*args, i) for every i < n on the threads of the crew with this state; returns when all is done.
 
-    function: a compiled kernel that returns nothing and raises nothing.
+    function: a compiled kernel that returns nothing. RuntimeError if it raises. Tasks are short: see STALLED.
     """
+    return _share(typingctx, state, n, function, args, long=False)
+
+
+@intrinsic
+def share_long(typingctx: Any, state: Any, n: Any, function: Any, args: Any) -> Any:
+    """The same for tasks that may take milliseconds: it is no surprise to wait for the last one."""
+    return _share(typingctx, state, n, function, args, long=True)
+
+
+def _share(typingctx: Any, state: Any, n: Any, function: Any, args: Any, long: bool) -> Any:
     call = function.get_call_type(typingctx, (*args.types, types.int64), {})
     compiled = function.dispatcher.get_compile_result(call)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, values: Any) -> Value:
         state, _, _ = into_array(context, b, signature.args[0], values[0])
-        n, environment = values[1], cgutils.alloca_once_value(b, values[3])
+        n = values[1]
+        # What the tasks read, and whether one of them failed.
+        environment = cgutils.alloca_once_value(b, cgutils.pack_struct(b, [values[3], I64(0)]))
         context.active_code_library.add_linking_library(compiled.library)
         task = ir.Function(b.module, _TASK, name=b.module.get_unique_name("task"))
         task.linkage = "internal"
         inner = ir.IRBuilder(task.append_basic_block())
-        stored = inner.load(inner.bitcast(task.args[0], environment.type))
+        shared = inner.bitcast(task.args[0], environment.type)
+        stored = inner.load(cgutils.gep_inbounds(inner, shared, 0, 0))
         arguments = [inner.extract_value(stored, i) for i in range(len(args.types))]
-        context.call_internal_no_propagate(inner, compiled.fndesc, call, [*arguments, task.args[1]])
+        status, _ = context.call_internal_no_propagate(inner, compiled.fndesc, call, [*arguments, task.args[1]])
+        with inner.if_then(status.is_error, likely=False):
+            inner.store_atomic(I64(1), cgutils.gep_inbounds(inner, shared, 0, 1), "monotonic", 8)
         inner.ret_void()
 
-        with b.if_then(b.icmp_signed(">", n, I64(0))):
-            b.store(I64(0), _field(b, state, DONE))
-            b.store(b.ptrtoint(task, I64), _field(b, state, FUNCTION))
-            b.store(b.ptrtoint(environment, I64), _field(b, state, ENVIRONMENT))
-            ticket = _field(b, state, TICKET)
-            calls = b.lshr(b.load_atomic(ticket, "monotonic", 8), I64(TASK_BITS))
-            b.store_atomic(b.or_(b.shl(b.add(calls, I64(1)), I64(TASK_BITS)), n), ticket, "release", 8)
-            _work_and_wait(b, state, n)
+        alone = _field(b, state, ALONE)
+        lost = cgutils.false_bit if long else b.icmp_signed(">", b.load(alone), I64(0))
+        with b.if_else(lost) as (by_itself, together):
+            with by_itself:
+                b.store(b.sub(b.load(alone), I64(1)), alone)
+                with cgutils.for_range(b, n) as loop:
+                    b.call(task, [b.bitcast(environment, cgutils.voidptr_t), loop.index])
+            with together, b.if_then(b.icmp_signed(">", n, I64(0))):
+                b.store(I64(0), _field(b, state, DONE))
+                b.store(b.ptrtoint(task, I64), _field(b, state, FUNCTION))
+                b.store(b.ptrtoint(environment, I64), _field(b, state, ENVIRONMENT))
+                ticket = _field(b, state, TICKET)
+                calls = b.lshr(b.load_atomic(ticket, "monotonic", 8), I64(TASK_BITS))
+                b.store_atomic(b.or_(b.shl(b.add(calls, I64(1)), I64(TASK_BITS)), n), ticket, "release", 8)
+                _work_and_wait(b, state, n, long)
+        failed = b.load(cgutils.gep_inbounds(b, environment, 0, 1))
+        with b.if_then(b.icmp_signed("!=", failed, I64(0)), likely=False):
+            context.call_conv.return_user_exc(b, RuntimeError, ("a shared task failed",))
         return context.get_dummy_value()
 
     return types.void(state, types.int64, function, args), codegen
 
 
-def _work_and_wait(b: ir.IRBuilder, state: Value, n: Value) -> None:
-    work, finish, wait, again, offer, end = (
-        b.append_basic_block(name) for name in ("work", "finish", "wait", "again", "offer", "end")
+def _work_and_wait(b: ir.IRBuilder, state: Value, n: Value, long: bool) -> None:
+    work, wait, again, stalled, end = (
+        b.append_basic_block(name) for name in ("work", "wait", "again", "stalled", "end")
     )
-    looks = cgutils.alloca_once_value(b, I64(0))
+    looks = cgutils.alloca_once(b, I64)
     b.store(I64(0), looks)
     b.branch(work)
     b.position_at_end(work)
     taken, task = _take_task(b, state)
-    left = b.and_(b.load_atomic(_field(b, state, TICKET), "acquire", 8), I64(2**TASK_BITS - 1))
     with b.if_then(taken):
         _do_task(b, state, task)
     # Another thread may have been quicker with one task while more are left.
-    b.cbranch(b.or_(taken, b.icmp_signed(">", left, I64(0))), work, finish)
-    b.position_at_end(finish)
-    b.branch(wait)
+    left = b.and_(b.load_atomic(_field(b, state, TICKET), "acquire", 8), I64(2**TASK_BITS - 1))
+    b.cbranch(b.icmp_signed(">", left, I64(0)), work, wait)
     b.position_at_end(wait)
     b.cbranch(b.icmp_signed("<", b.load_atomic(_field(b, state, DONE), "acquire", 8), n), again, end)
     b.position_at_end(again)
     _pause(b)
     count = b.add(b.load(looks), I64(1))
     b.store(count, looks)
-    b.cbranch(b.icmp_signed(">", count, I64(PATIENCE)), offer, wait)
-    b.position_at_end(offer)
+    b.cbranch(b.icmp_signed(">", count, b.load(_field(b, state, STALL))), stalled, wait)
+    b.position_at_end(stalled)
+    if not long:
+        b.store(I64(CALLS_ALONE), _field(b, state, ALONE))
     _offer_core(b)
     b.branch(wait)
     b.position_at_end(end)
@@ -173,10 +204,13 @@ class Crew:
         self.threads = threads
         self.state = np.zeros(64, np.int64)
         self._bells = [_Bell() for _ in range(threads - 1)]
+        patience = _looks_in(AWAKE) if self._bells else 0
+        self.state[STALL // 8] = _looks_in(STALLED) if self._bells else 0
         for bell in self._bells:
-            thread = threading.Thread(target=_work, args=(self.state, bell), name="minirt", daemon=True)
+            thread = threading.Thread(target=_work, args=(self.state, bell, patience), name="minirt", daemon=True)
             thread.start()
         weakref.finalize(self, _dismiss, self._bells)
+        _crews.add(self)
 
     def call(self) -> np.ndarray:
         """The state, for a kernel that will share tasks: wakes those who sleep."""
@@ -202,18 +236,32 @@ def _dismiss(bells: list[_Bell]) -> None:
         bell.rung.release()
 
 
-def _work(state: np.ndarray, bell: _Bell) -> None:
-    patience = _looks_in(AWAKE)
+_crews: weakref.WeakSet[Crew] = weakref.WeakSet()
+
+
+def _forget_workers() -> None:
+    """A forked process has the caller only, and perhaps a bell that was being rung."""
+    for crew in _crews:
+        crew._bells.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_workers)
+
+
+def _work(state: np.ndarray, bell: _Bell, patience: int) -> None:
     while not bell.dismissed:
         _serve_until_idle(state, patience)
         bell.asleep = True
         bell.rung.acquire()
 
 
+@functools.cache
 def _looks_in(seconds: float) -> int:
     """How many times a worker looks for work in that time: a pause takes from 10 to 140 cycles."""
-    nothing, looks = np.zeros(64, np.int64), 1000
-    _serve_until_idle(nothing, 1)
-    begun = time.perf_counter()
-    _serve_until_idle(nothing, looks)
-    return max(1, int(looks * seconds / max(time.perf_counter() - begun, 1e-9)))
+    nothing, looks, times = np.zeros(64, np.int64), 1000, []
+    for _ in range(5):  # the first one compiles; any may be interrupted
+        begun = time.perf_counter()
+        _serve_until_idle(nothing, looks)
+        times.append(time.perf_counter() - begun)
+    return max(looks, int(looks * seconds / min(times)))

@@ -12,7 +12,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import cgutils
 
-from .isa import has
+from .isa import X86, has
 
 LANES = 16
 F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -72,6 +72,15 @@ def prefetch(b: ir.IRBuilder, pointer: Value, size: int) -> None:
         p = b.bitcast(at(b, pointer, offset), cgutils.voidptr_t)
         function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0i8")
         b.call(function, [p, I32(0), I32(3), I32(1)])  # to read, as near as can be, data
+
+
+def for_vectors(b: ir.IRBuilder, n: Value, turn: Callable[[Value, int], None]) -> None:
+    """Loops over n items: turn(index of the first, 16), then turn(index, 1) for those left over."""
+    whole = b.udiv(n, I64(LANES))
+    with cgutils.for_range(b, whole) as loop:
+        turn(b.mul(loop.index, I64(LANES)), LANES)
+    with cgutils.for_range_slice(b, b.mul(whole, I64(LANES)), n, I64(1)) as (index, _):
+        turn(index, 1)
 
 
 def bits(b: ir.IRBuilder, value: Value, shift: int, width: int) -> Value:
@@ -229,6 +238,15 @@ def dot_bytes(b: ir.IRBuilder, total: Value, q: Value, x: Value) -> Value:
             return b.sub(call(name, t.type, t, q, x), call(name, t.type, like(t, 0), q, limit))
 
         return in_parts(4, unsigned)
+    if X86:  # SSE2, which all have, multiplies words: first those of the even bytes, then those of the odd
+        words, eight = vector(I16, 2 * LANES), constant(I16, 8, 2 * LANES)
+        q, x = b.bitcast(q, words), b.bitcast(x, words)
+        even = b.and_(q, constant(I16, 255, 2 * LANES)), b.ashr(b.shl(x, eight), eight)
+        for q, x in (even, (b.lshr(q, eight), b.ashr(x, eight))):
+            halves = ((part(b, q, i, 8), part(b, x, i, 8)) for i in range(0, 2 * LANES, 8))
+            parts = [call("llvm.x86.sse2.pmadd.wd", vector(I32, 4), *half) for half in halves]
+            total = b.add(total, concatenate(b, parts))
+        return total
     for byte in range(4):
         factor = b.ashr(b.shl(x, like(x, 24 - 8 * byte)), like(x, 24))
         total = b.add(total, b.mul(bits(b, q, 8 * byte, 8), factor))

@@ -1,60 +1,82 @@
 """Which vector instructions the kernels use: all that this CPU has, or fewer if MINIRT_ISA says so.
 
-MINIRT_ISA is there for tests and for machines that misreport themselves: avx512vnni, avx512, avxvnni, avx2, neon, or
-portable, which every CPU of the architecture runs. Unset, or `native`, takes what there is.
+MINIRT_ISA is there for tests and for machines that misreport themselves: avx512vnni, avx512, avxvnni, avx2, neon,
+dotprod, or portable, which every CPU of the architecture runs. Unset, or `native`, takes what there is.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import sys
+from pathlib import Path
 
 import llvmlite.binding as llvm
 import numba
+from numba.core.codegen import get_host_cpu_features
 
 from minirt.errors import UsageError
 
 _V3 = ("avx", "avx2", "bmi", "bmi2", "f16c", "fma", "lzcnt", "movbe")
 _V4 = (*_V3, "avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl")
+_NEON = ("fp-armv8", "neon")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 ARM = platform.machine().lower() in ("aarch64", "arm64")
 
 # name -> (the CPU LLVM compiles for, what this one must have for it)
-SETS: dict[str, tuple[str, tuple[str, ...]]] = (
-    {
-        "portable": ("x86-64", ()),
+SETS: dict[str, tuple[str, tuple[str, ...]]] = {"portable": ("x86-64" if X86 else "generic", ())}
+if X86:
+    SETS |= {
         "avx2": ("x86-64-v3", _V3),
         "avxvnni": ("x86-64-v3", (*_V3, "avxvnni")),
         "avx512": ("x86-64-v4", _V4),
         "avx512vnni": ("x86-64-v4", (*_V4, "avx512vnni")),
     }
-    if X86
-    else {"portable": ("generic", ()), "neon": ("generic", ("neon",)), "dotprod": ("generic", ("neon", "dotprod"))}
-)
+elif ARM:
+    SETS |= {"neon": ("generic", _NEON), "dotprod": ("generic", (*_NEON, "dotprod"))}
 _SSE = ("sse", "sse2", "sse3", "ssse3", "sse4.1", "sse4.2", "popcnt")
 
 
-def supported(name: str) -> bool:
-    """Whether this CPU has what the set needs."""
-    host = llvm.get_host_cpu_features()
-    return all(host.get(feature) for feature in SETS[name][1])
+def host_features() -> frozenset[str]:
+    """What this CPU has, by LLVM's names."""
+    try:
+        found = {feature for feature, there in llvm.get_host_cpu_features().items() if there}
+    except RuntimeError:  # LLVM cannot tell on this system
+        found = set()
+    if ARM:
+        found |= {*_NEON, "dotprod"} if _arm_has_dotprod() else set(_NEON)
+    return frozenset(found)
+
+
+def _arm_has_dotprod() -> bool:
+    """LLVM does not look."""
+    if sys.platform == "darwin":
+        return True
+    try:
+        return "asimddp" in Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
 
 
 def _choose() -> frozenset[str]:
     """The features to use. Tells Numba, which must not have compiled anything before."""
-    name = os.environ.get("MINIRT_ISA", "") or "native"
-    host = llvm.get_host_cpu_features()
+    name, config = os.environ.get("MINIRT_ISA", "") or "native", numba.config
+    host = host_features()
     if name == "native":
-        if numba.config.CPU_NAME or numba.config.CPU_FEATURES:  # told to compile for another CPU than this one
+        if config.CPU_NAME or config.CPU_FEATURES:  # told to compile for another CPU than this one
             return frozenset()
-        return frozenset(feature for feature, there in host.items() if there)
+        if X86 and not config.ENABLE_AVX:
+            return host & frozenset(_SSE)
+        if "dotprod" in host:
+            config.CPU_FEATURES = f"{get_host_cpu_features()},+dotprod".lstrip(",")
+        return host
     if name not in SETS:
         raise UsageError(f"MINIRT_ISA={name} is not one of: native, {', '.join(SETS)}")
-    if not supported(name):
-        missing = ", ".join(feature for feature in SETS[name][1] if not host.get(feature))
-        raise UsageError(f"MINIRT_ISA={name}: this CPU has no {missing}")
     cpu, features = SETS[name]
-    numba.config.CPU_NAME, numba.config.CPU_FEATURES = cpu, ",".join(f"+{feature}" for feature in features)
+    missing = [feature for feature in features if feature not in host]
+    if missing:
+        raise UsageError(f"MINIRT_ISA={name}: this CPU has no {', '.join(missing)}")
+    config.CPU_NAME, config.CPU_FEATURES = cpu, ",".join(f"+{feature}" for feature in features)
     return frozenset(features) | (frozenset(_SSE) if name != "portable" and X86 else frozenset())
 
 

@@ -3,9 +3,10 @@
 A kernel that takes `crew` shares its tasks out (see `crew`); the others run on the calling thread. What a task computes
 never depends on how many threads there are, so results do not either.
 
-Weights come as rows of `matrices`, int64 [n, 8], so that one compiled kernel serves every format: FUNCTION and
+Weights come as rows of `matrices`, int64 [n, 9], so that one compiled kernel serves every format: FUNCTION and
 FUNCTION_4 (`panel_function` for one and four rows of activations; 0: not there), ADDRESS of the panels, PANEL_BYTES,
-BLOCKS in a row, PANELS, QUANTIZED (whether it takes activations in 14 bits, the `codes`) and N_OUT.
+BLOCKS in a row, PANELS, QUANTIZED (whether it takes activations in 14 bits, the `codes`), DECODE (`decode_function`)
+and LENGTH of a block.
 """
 
 from __future__ import annotations
@@ -15,69 +16,64 @@ import numpy as np
 from .activations import quantize
 from .compiled import kernel
 from .crew import share
-from .panels import call_panel, decode_panel
+from .panels import call_panel
+from .pointers import add_floats, address, word
 from .rows import decode_row, encode_row
-from .softmax import exp, exp_row, row_maximum
+from .softmax import exp, exp_row, row_maximum, silu_times_floats
 from .tiles import add_rows, score_rows
 
-FUNCTION, FUNCTION_4, ADDRESS, PANEL_BYTES, BLOCKS, PANELS, QUANTIZED, N_OUT = range(8)
+FUNCTION, FUNCTION_4, ADDRESS, PANEL_BYTES, BLOCKS, PANELS, QUANTIZED, DECODE, LENGTH = range(9)
+FIELDS = 9
 
 TILE = 64  # cached rows scored before their values are added; whole vectors, because score_rows rounds up to them
 
 
 # -- products of weights with a few rows of activations ----------------------------------------------------------------
+# Tasks take addresses, not arrays: counting references to one array from several threads costs more than the work.
 
 
 @kernel
-def _panel(matrices, i, p, x, codes, out, column):  # type: ignore[no-untyped-def]
-    """out[:, column : column + 16] = panel p of matrix i times every row of x."""
-    rows = len(x)
-    if matrices[i, QUANTIZED]:
-        source, stride = np.int64(codes.ctypes.data), np.int64(codes.shape[1])
-    else:
-        source, stride = np.int64(x.ctypes.data), np.int64(4 * x.shape[1])
-    panel = matrices[i, ADDRESS] + p * matrices[i, PANEL_BYTES]
-    target, width = np.int64(out.ctypes.data) + 4 * column, np.int64(4 * out.shape[1])
-    row = 0
+def _panel(matrix, p, rows, x, x_bytes, codes, codes_bytes, out, out_bytes):  # type: ignore[no-untyped-def]
+    """Panel p of the matrix times each row: 16 numbers to out."""
+    if word(matrix, QUANTIZED):
+        x, x_bytes = codes, codes_bytes
+    panel, row = word(matrix, ADDRESS) + p * word(matrix, PANEL_BYTES), 0
     while row < rows:
-        four = row + 4 <= rows and matrices[i, FUNCTION_4] != 0
-        function = matrices[i, FUNCTION_4] if four else matrices[i, FUNCTION]
-        call_panel(function, panel, matrices[i, BLOCKS], source + row * stride, stride, target + row * width, width)
+        four = row + 4 <= rows and word(matrix, FUNCTION_4) != 0
+        function = word(matrix, FUNCTION_4) if four else word(matrix, FUNCTION)
+        call_panel(function, panel, word(matrix, BLOCKS), x + row * x_bytes, x_bytes, out + row * out_bytes, out_bytes)
         row += 4 if four else 1
 
 
 @kernel
-def _panels(matrices, step, x, codes, out, task):  # type: ignore[no-untyped-def]
+def _panels(matrices, total, step, rows, x, x_bytes, codes, codes_bytes, out, out_bytes, task):  # type: ignore[no-untyped-def]
     """Some panels of several matrices, one after the other in the columns of out."""
-    total = matrices[:, PANELS].sum()
     for p in range(step * task, min(step * (task + 1), total)):
-        i, rest = 0, p
-        while rest >= matrices[i, PANELS]:
-            rest -= matrices[i, PANELS]
-            i += 1
-        _panel(matrices, i, rest, x, codes, out, 16 * p)
+        matrix, rest = matrices, p
+        while rest >= word(matrix, PANELS):
+            rest -= word(matrix, PANELS)
+            matrix += 8 * FIELDS
+        _panel(matrix, rest, rows, x, x_bytes, codes, codes_bytes, out + 64 * p, out_bytes)
 
 
 @kernel
-def _panels_added(matrices, step, x, codes, out, to, task):  # type: ignore[no-untyped-def]
-    """Some panels of a matrix; the products are added to `to` [N, n_out]."""
-    for p in range(step * task, min(step * (task + 1), matrices[0, PANELS])):
-        _panel(matrices, 0, p, x, codes, out, 16 * p)
-        for i in range(len(x)):
-            for j in range(16 * p, min(16 * p + 16, to.shape[1])):
-                to[i, j] += out[i, j]
+def _panels_added(matrix, step, rows, x, x_bytes, codes, codes_bytes, out, out_bytes, to, to_bytes, task):  # type: ignore[no-untyped-def]
+    """Some panels of a matrix; the products are added to `to`."""
+    for p in range(step * task, min(step * (task + 1), word(matrix, PANELS))):
+        _panel(matrix, p, rows, x, x_bytes, codes, codes_bytes, out + 64 * p, out_bytes)
+        for row in range(rows):
+            source, target = out + row * out_bytes + 64 * p, to + row * to_bytes + 64 * p
+            add_floats(target, source, min(16, to_bytes // 4 - 16 * p))
 
 
 @kernel
-def _gated_panels(matrices, step, x, codes, out, up, task):  # type: ignore[no-untyped-def]
-    """Some panels of out = silu(gate) * up."""
-    for p in range(step * task, min(step * (task + 1), matrices[0, PANELS])):
-        _panel(matrices, 0, p, x, codes, out, 16 * p)
-        _panel(matrices, 1, p, x, codes, up, 16 * p)
-        for i in range(len(x)):
-            for j in range(16 * p, 16 * p + 16):
-                g = out[i, j]
-                out[i, j] = g / (np.float32(1.0) + exp(-g)) * up[i, j]
+def _gated_panels(gate, step, rows, x, x_bytes, codes, codes_bytes, out, up, out_bytes, task):  # type: ignore[no-untyped-def]
+    """Some panels of out = silu(gate) * up; the matrix after `gate` is up's."""
+    for p in range(step * task, min(step * (task + 1), word(gate, PANELS))):
+        _panel(gate, p, rows, x, x_bytes, codes, codes_bytes, out + 64 * p, out_bytes)
+        _panel(gate + 8 * FIELDS, p, rows, x, x_bytes, codes, codes_bytes, up + 64 * p, out_bytes)
+        for row in range(rows):
+            silu_times_floats(out + row * out_bytes + 64 * p, up + row * out_bytes + 64 * p, 16)
 
 
 @kernel
@@ -94,26 +90,36 @@ def _tasks(n, step):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _rows_and_addresses(x, codes):  # type: ignore[no-untyped-def]
+    return len(x), address(x), 4 * x.shape[1], address(codes), codes.shape[1]
+
+
+@kernel
 def norm_products(crew, x, norm, eps, matrices, step, normed, codes, out):  # type: ignore[no-untyped-def]
     """out [N, 16 panels] = RMSNorm(x) times each matrix, side by side. normed [N, n_in] and codes are scratch."""
-    rms_norm(x, norm, eps, normed)
+    rms_norm(x, 0, len(x), norm, eps, normed)
     _encode(matrices, normed, codes)
-    share(crew, _tasks(matrices[:, PANELS].sum(), step), _panels, (matrices, step, normed, codes, out))
+    total = matrices[:, PANELS].sum()
+    of = (address(matrices), total, step, *_rows_and_addresses(normed, codes), address(out), 4 * out.shape[1])
+    share(crew, _tasks(total, step), _panels, of)
 
 
 @kernel
 def add_product(crew, x, matrices, step, codes, out, to):  # type: ignore[no-untyped-def]
     """to [N, n_out] += x [N, n_in] times a matrix. codes and out [N, 16 panels] are scratch."""
     _encode(matrices, x, codes)
-    share(crew, _tasks(matrices[0, PANELS], step), _panels_added, (matrices, step, x, codes, out, to))
+    arrays = (address(out), 4 * out.shape[1], address(to), 4 * to.shape[1])
+    of = (address(matrices), step, *_rows_and_addresses(x, codes), *arrays)
+    share(crew, _tasks(matrices[0, PANELS], step), _panels_added, of)
 
 
 @kernel
 def gated_products(crew, x, norm, eps, matrices, step, normed, codes, up, out):  # type: ignore[no-untyped-def]
     """out [N, 16 panels] = silu(gate) * up of RMSNorm(x), for matrices gate and up. normed, codes, up are scratch."""
-    rms_norm(x, norm, eps, normed)
+    rms_norm(x, 0, len(x), norm, eps, normed)
     _encode(matrices, normed, codes)
-    share(crew, _tasks(matrices[0, PANELS], step), _gated_panels, (matrices, step, normed, codes, out, up))
+    of = (address(matrices), step, *_rows_and_addresses(normed, codes), address(out), address(up), 4 * out.shape[1])
+    share(crew, _tasks(matrices[0, PANELS], step), _gated_panels, of)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -149,20 +155,6 @@ def interleave(crew, rows, source_rows, source_bytes, masks, out):  # type: igno
 
 
 @kernel
-def decode_panels(w, out):  # type: ignore[no-untyped-def]
-    """out [n_in, 16 panels] = w.T as float32."""
-    for p in range(len(w)):
-        decode_panel(w, p, 0, w.shape[1], out, p)
-
-
-@kernel
-def decode_rows(w, out):  # type: ignore[no-untyped-def]
-    """out [rows, n_in] = w as float32."""
-    for r in range(len(w)):
-        decode_row(w, r, out, r)
-
-
-@kernel
 def gather_rows(w, tokens, out):  # type: ignore[no-untyped-def]
     """out [N, n_in] = rows `tokens` of w as float32."""
     for i in range(len(tokens)):
@@ -173,26 +165,16 @@ def gather_rows(w, tokens, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]
-    """out [N, n] = x / sqrt(mean(x^2) + eps) * weight."""
-    rows, n = x.shape
-    for i in range(rows):
+def rms_norm(x, begin, end, weight, eps, out):  # type: ignore[no-untyped-def]
+    """Rows begin ... end - 1 of out [N, n] = x / sqrt(mean(x^2) + eps) * weight."""
+    n = x.shape[1]
+    for i in range(begin, end):
         total = np.float32(0.0)
         for j in range(n):
             total += x[i, j] * x[i, j]
         scale = np.float32(1.0) / np.sqrt(total / np.float32(n) + eps)
         for j in range(n):
             out[i, j] = x[i, j] * scale * weight[j]
-
-
-@kernel
-def silu_times(gate, up):  # type: ignore[no-untyped-def]
-    """gate [N, n_ff] = silu(gate) * up, in place."""
-    rows, n = gate.shape
-    for i in range(rows):
-        for j in range(n):
-            g = gate[i, j]
-            gate[i, j] = g / (np.float32(1.0) + exp(-g)) * up[i, j]
 
 
 @kernel
@@ -218,17 +200,17 @@ def _finish_heads(x, begin, heads, d, bias, norm, eps, cos, sin, stride, partner
 
 @kernel
 def finish_qkv(  # type: ignore[no-untyped-def]
-    q, k, v, q_begin, k_begin, v_begin, n_head, n_head_kv, d, bq, bk, bv, q_norm, k_norm, eps, cos, sin, stride, partner
+    x, q_begin, k_begin, v_begin, n_head, n_head_kv, d, bq, bk, bv, q_norm, k_norm, eps, cos, sin, stride, partner
 ):
     """What comes after the projections, in place: biases, norms of heads (either may have length 0), rotation.
 
-    The product of each lies in q, k, v [N, ...] from its column on. Components i * stride and i * stride + partner of a
-    head turn by cos, sin [N, pairs].
+    Queries, keys and values are columns of x [N, ...] from their begin on. Components i * stride and
+    i * stride + partner of a head turn by cos, sin [N, pairs].
     """
     none = cos[:, :0]
-    _finish_heads(q, q_begin, n_head, d, bq, q_norm, eps, cos, sin, stride, partner)
-    _finish_heads(k, k_begin, n_head_kv, d, bk, k_norm, eps, cos, sin, stride, partner)
-    _finish_heads(v, v_begin, n_head_kv, d, bv, q_norm[:0], eps, none, none, stride, partner)
+    _finish_heads(x, q_begin, n_head, d, bq, q_norm, eps, cos, sin, stride, partner)
+    _finish_heads(x, k_begin, n_head_kv, d, bk, k_norm, eps, cos, sin, stride, partner)
+    _finish_heads(x, v_begin, n_head_kv, d, bv, q_norm[:0], eps, none, none, stride, partner)
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -251,14 +233,15 @@ def _attend_part(q, k, v, first, stop, scale, parts, vectors, heads, sums, large
     b, h, part = task // (n_head_kv * parts), task // parts % n_head_kv, task % parts
     n = stop[b] - first[b]
     begin, end = first[b] + n * part // parts, first[b] + n * (part + 1) // parts
-    keys, values, queries, acc = k[b, h], v[b, h], q[b], sums[task]
     scores = np.empty((group, TILE), np.float32)
-    acc[:] = 0.0
-    largest[task], total[task] = -np.inf, 0.0
+    for g in range(group):
+        largest[task, g], total[task, g] = -np.inf, 0.0
+        for j in range(d):
+            sums[task, g, j] = 0.0
     for tile in range(begin, end, TILE):
         width = min(TILE, end - tile)
         for g in range(0, group, len(heads)):
-            score_rows(keys, tile, width, queries, h * group + g, scores, g, vectors, heads)
+            score_rows(k, b, h, tile, width, q, h * group + g, scores, g, vectors, heads)
         for g in range(group):
             for s in range(width):
                 scores[g, s] *= scale
@@ -267,9 +250,9 @@ def _attend_part(q, k, v, first, stop, scale, parts, vectors, heads, sums, large
             largest[task, g] = high
             total[task, g] = total[task, g] * shrink + exp_row(scores, g, 0, width, high)
             for j in range(d):
-                acc[g, j] *= shrink
+                sums[task, g, j] *= shrink
         for g in range(0, group, len(heads)):
-            add_rows(values, tile, width, scores, acc, g, vectors, heads)
+            add_rows(v, b, h, tile, width, scores, sums, task, g, vectors, heads)
 
 
 @kernel
@@ -289,41 +272,16 @@ def attend(crew, q, k, v, first, stop, scale, parts, vectors, heads, out):  # ty
     share(crew, tasks, _attend_part, (q, k, v, first, stop, scale, parts, vectors, heads, sums, largest, total))
     for b in range(n_seq):
         for h in range(n_head):
-            begin = (b * n_head_kv + h // group) * parts
-            g = h % group
-            high = largest[begin : begin + parts, g].max()
+            begin, g = (b * n_head_kv + h // group) * parts, h % group
+            high = np.float32(-np.inf)
+            for task in range(begin, begin + parts):
+                high = max(high, largest[task, g])
             mass = np.float32(0.0)
-            out[b, h] = 0.0
-            if first[b] < stop[b]:
-                for task in range(begin, begin + parts):
-                    weight = exp(largest[task, g] - high) * np.float32(total[task, g] > 0)
-                    mass += weight * total[task, g]
-                    for j in range(d):
-                        out[b, h, j] += weight * sums[task, g, j]
+            for task in range(begin, begin + parts):
+                # Of parts that saw nothing, which an empty range has only, the sums are 0.
+                largest[task, g] = exp(largest[task, g] - high) if total[task, g] > 0 else np.float32(0.0)
+                mass += largest[task, g] * total[task, g]
+            for task in range(begin, begin + parts):
+                weight = largest[task, g] / mass if mass != 0 else np.float32(0.0)
                 for j in range(d):
-                    out[b, h, j] /= mass
-
-
-@kernel
-def softmax_tile(scores, largest, total, sums, group, start, tile, window):  # type: ignore[no-untyped-def]
-    """A tile of prefill scores [T * group, width] becomes unnormalised probabilities, in place.
-
-    Row i is a query at slot start + i // group, column s the key in slot tile + s: later keys and those out of the
-    window are masked. Updates the row's running maximum and sum, and rescales its output so far, sums [T * group, d].
-    """
-    rows, width = scores.shape
-    for i in range(rows):
-        slot = start + i // group
-        end = min(width, slot + 1 - tile)
-        begin = max(0, slot + 1 - window - tile) if window > 0 else 0
-        high = row_maximum(scores, i, begin, end, largest[i])
-        shrink = exp(largest[i] - high)
-        for s in range(min(begin, width)):
-            scores[i, s] = 0.0
-        for s in range(max(end, 0), width):
-            scores[i, s] = 0.0
-        if begin < end:
-            largest[i] = high
-            total[i] = total[i] * shrink + exp_row(scores, i, begin, end, high)
-            for j in range(sums.shape[1]):
-                sums[i, j] *= shrink
+                    out[b, h, j] = sums[task, g, j] * weight + (out[b, h, j] if task > begin else np.float32(0.0))

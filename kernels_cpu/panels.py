@@ -6,13 +6,14 @@ A dot product works on integers, four columns an instruction where the CPU can, 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import from_dtype, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -28,7 +29,6 @@ from .ir_vectors import (
     at,
     bits,
     dot_bytes,
-    into_array,
     like,
     load,
     minus,
@@ -43,9 +43,6 @@ from .ir_vectors import (
 COLUMNS = 8  # of a weight without blocks, in one turn
 
 AHEAD = 4096  # bytes of weights asked for before they are needed: a core's own guesses reach half the bandwidth
-
-PANEL_DTYPES = {name: np.dtype([(f"{name}_panel", "u1", (f.dtype.itemsize, LANES))]) for name, f in FORMATS.items()}
-_BY_RECORD = {from_dtype(PANEL_DTYPES[name]): f for name, f in FORMATS.items()}
 
 
 def layout(f: Format) -> tuple[np.ndarray, np.ndarray]:
@@ -146,6 +143,7 @@ def _dot_panel(
     return types.void(name, rows, p, i, p, i, p, i), codegen
 
 
+@functools.cache
 def panel_function(name: str, rows: int) -> Any:
     """C function (panel, blocks, x, bytes from row to row of x, out, the same of out) for a few rows of x at once.
 
@@ -178,35 +176,54 @@ def call_panel(
     return types.void(i, i, i, i, i, i, i), codegen
 
 
-@intrinsic
-def decode_panel(typingctx: Any, w: Any, p: Any, first: Any, n: Any, out: Any, i: Any) -> Any:
-    """out[:, 16 i : 16 i + 16] = n blocks of panel p of w [panels, blocks] from `first` on, as float32, transposed.
-
-    out [columns, 16 or more], float32, C-ordered.
-    """
-    f: Format = _BY_RECORD[w.dtype]
+@intrinsic(prefer_literal=True)
+def _decode_panel(typingctx: Any, name: Any, panel: Any, n: Any, out: Any, out_stride: Any) -> Any:
+    f = FORMATS[name.literal_value]
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
-        w, p, first, n, out, i = args
-        panel, _, _ = into_array(context, b, signature.args[0], w, p, first)
-        target, (_, width), _ = into_array(context, b, signature.args[4], out, I64(0), b.mul(i, I64(LANES)))
-
-        def put(value: Value, column: Value) -> None:
-            store(b, value, at(b, target, b.mul(b.mul(column, width), I64(4))))
-
+        _, panel, n, out, stride = args
         with cgutils.for_range(b, n) as loop:
-            begin = b.mul(loop.index, I64(f.length))
+            first = at(b, out, b.mul(b.mul(loop.index, I64(f.length)), stride))
             for group in f.decode(b, Panels(b, at(b, panel, b.mul(loop.index, I64(LANES * f.dtype.itemsize))))):
                 if group.scale is None:
-                    put(group.q, begin)
+                    store(b, group.q, first)
                     continue
                 for k, byte in itertools.product(range(LANES // 4), range(4)):
                     q = minus(b, bits(b, group.q[k], 8 * byte, 8), group.bias)
                     value = b.fmul(to_float(b, q), group.scale)
                     if group.minimum is not None:
                         value = b.fadd(value, group.minimum)
-                    put(value, b.add(begin, I64(group.start + 4 * k + byte)))
+                    store(b, value, at(b, first, b.mul(stride, I64(group.start + 4 * k + byte))))
         return context.get_dummy_value()
 
-    x = types.int64
-    return types.void(w, x, x, x, out, x), codegen
+    i, p = types.int64, types.voidptr
+    return types.void(name, p, i, p, i), codegen
+
+
+@functools.cache
+def decode_function(name: str) -> Any:
+    """C function (panel, blocks, out, bytes from row to row of out): the blocks as float32, transposed.
+
+    Row k of out is column k of the weight, for the panel's 16 rows.
+    """
+
+    @callback(types.void(types.voidptr, types.int64, types.voidptr, types.int64))
+    def decode_panel(panel, n, out, out_stride):  # type: ignore[no-untyped-def]
+        _decode_panel(name, panel, n, out, out_stride)
+
+    return decode_panel
+
+
+@intrinsic
+def call_decode(typingctx: Any, function: Any, panel: Any, n: Any, out: Any, out_stride: Any) -> Any:
+    """Calls a `decode_function` by its address; panel and out are addresses too."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        function, panel, n, out, stride = args
+        p = cgutils.voidptr_t
+        kind = ir.FunctionType(ir.VoidType(), [p, I64, p, I64])
+        b.call(b.inttoptr(function, kind.as_pointer()), [b.inttoptr(panel, p), n, b.inttoptr(out, p), stride])
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(i, i, i, i, i), codegen

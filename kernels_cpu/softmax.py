@@ -17,6 +17,7 @@ from .ir_vectors import (
     Value,
     across_lanes,
     at,
+    for_vectors,
     horizontal_sum,
     into_array,
     like,
@@ -114,3 +115,23 @@ def exp_row(typingctx: Any, x: Any, i: Any, begin: Any, end: Any, high: Any) -> 
 
     i64, f32 = types.int64, types.float32
     return f32(x, i64, i64, i64, f32), codegen
+
+
+@intrinsic
+def silu_times_floats(typingctx: Any, gate: Any, up: Any, n: Any) -> Any:
+    """gate = silu(gate) * up for n float32 at two addresses, in place (silu(x) = x / (1 + e^-x), arXiv 1702.03118)."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        gate, up = (b.inttoptr(a, cgutils.voidptr_t) for a in args[:2])
+
+        def turn(index: Value, lanes: int) -> None:
+            place = b.mul(index, I64(4))
+            x, y = (load(b, at(b, pointer, place), vector(F32, lanes)) for pointer in (gate, up))
+            one = ir.Constant(x.type, [1.0] * lanes)
+            store(b, b.fmul(b.fdiv(x, b.fadd(one, _exp(b, b.fneg(x)))), y), at(b, gate, place))
+
+        for_vectors(b, args[2], turn)
+        return context.get_dummy_value()
+
+    i64 = types.int64
+    return types.void(i64, i64, i64), codegen

@@ -15,8 +15,14 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .blocks import BY_RECORD, Format, Rows
-from .ir_vectors import F32, I32, I64, LANES, Value, at, into_array, load, multiply_add, splat, store, vector
+from .ir_vectors import F32, I32, I64, LANES, Value, at, into_array, load, multiply_add, prefetch, splat, store, vector
 from .rows import weights_of
+
+AHEAD = 2048  # bytes of rows asked for before they are needed
+
+
+def _row_bytes(f: Format, n_vectors: int) -> int:
+    return LANES * n_vectors // f.length * f.dtype.itemsize
 
 
 def _vectors(b: ir.IRBuilder, f: Format, row: Value, n: int) -> list[Value]:
@@ -42,19 +48,20 @@ def _transposed_sum(b: ir.IRBuilder, rows: list[Value]) -> Value:
 
 @intrinsic
 def score_rows(
-    typingctx: Any, keys: Any, first: Any, n: Any, q: Any, head: Any, scores: Any, to: Any, vectors: Any, heads: Any
-) -> Any:
-    """scores[to + g, 0 : n] = keys[first : first + n] . q[head + g] for g < len(heads); 16 len(vectors) = d.
+    typingctx: Any, k: Any, b: Any, h: Any, first: Any, n: Any, q: Any, head: Any, scores: Any, to: Any, vectors: Any,
+    heads: Any,
+) -> Any:  # fmt: skip
+    """scores[to + g, 0 : n] = k[b, h, first : first + n] . q[b, head + g] for g < len(heads); 16 len(vectors) = d.
 
     n is rounded up to 16 by repeating the last row: scores [heads, columns], float32, has that many columns.
     """
-    f, n_vectors, n_heads = BY_RECORD[keys.dtype], len(vectors), len(heads)
+    f, n_vectors, n_heads = BY_RECORD[k.dtype], len(vectors), len(heads)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
-        keys, first, n, q, head, scores, to = args[:7]
-        base, _, (row_bytes, *_) = into_array(context, b, signature.args[0], keys, first)
-        queries, _, (q_bytes, *_) = into_array(context, b, signature.args[3], q, head)
-        target, _, (score_bytes, *_) = into_array(context, b, signature.args[5], scores, to)
+        k, seq, h, first, n, q, head, scores, to = args[:9]
+        base, _, (_, _, row_bytes, _) = into_array(context, b, signature.args[0], k, seq, h, first)
+        queries, _, (_, q_bytes, _) = into_array(context, b, signature.args[5], q, seq, head)
+        target, _, (score_bytes, _) = into_array(context, b, signature.args[7], scores, to)
         held = [
             [load(b, at(b, at(b, queries, b.mul(I64(g), q_bytes)), 64 * i), vector(F32)) for i in range(n_vectors)]
             for g in range(n_heads)
@@ -66,7 +73,9 @@ def score_rows(
             for r in range(LANES):
                 index = b.add(start, I64(r))
                 index = b.select(b.icmp_signed("<", index, last), index, last)
-                key = _vectors(b, f, at(b, base, b.mul(index, row_bytes)), n_vectors)
+                row = at(b, base, b.mul(index, row_bytes))
+                prefetch(b, at(b, row, AHEAD), _row_bytes(f, n_vectors))
+                key = _vectors(b, f, row, n_vectors)
                 for g in range(n_heads):
                     total = b.fmul(key[0], held[g][0])
                     for i in range(1, n_vectors):
@@ -78,27 +87,30 @@ def score_rows(
         return context.get_dummy_value()
 
     i = types.int64
-    return types.void(keys, i, i, q, i, scores, i, vectors, heads), codegen
+    return types.void(k, i, i, i, i, q, i, scores, i, vectors, heads), codegen
 
 
 @intrinsic
 def add_rows(
-    typingctx: Any, values: Any, first: Any, n: Any, p: Any, sums: Any, to: Any, vectors: Any, heads: Any
-) -> Any:
-    """sums[to + g] += p[to + g, 0 : n] . values[first : first + n] for g < len(heads); 16 len(vectors) = d."""
-    f, n_vectors, n_heads = BY_RECORD[values.dtype], len(vectors), len(heads)
+    typingctx: Any, v: Any, b: Any, h: Any, first: Any, n: Any, p: Any, sums: Any, i: Any, to: Any, vectors: Any,
+    heads: Any,
+) -> Any:  # fmt: skip
+    """sums[i, to + g] += p[to + g, 0 : n] . v[b, h, first : first + n] for g < len(heads); 16 len(vectors) = d."""
+    f, n_vectors, n_heads = BY_RECORD[v.dtype], len(vectors), len(heads)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
-        values, first, n, p, sums, to = args[:6]
-        base, _, (row_bytes, *_) = into_array(context, b, signature.args[0], values, first)
-        weights, _, (p_bytes, *_) = into_array(context, b, signature.args[3], p, to)
-        target, _, (sum_bytes, *_) = into_array(context, b, signature.args[4], sums, to)
+        v, seq, h, first, n, p, sums, index, to = args[:9]
+        base, _, (_, _, row_bytes, _) = into_array(context, b, signature.args[0], v, seq, h, first)
+        weights, _, (p_bytes, _) = into_array(context, b, signature.args[5], p, to)
+        target, _, (_, sum_bytes, _) = into_array(context, b, signature.args[6], sums, index, to)
         places = [
             [at(b, at(b, target, b.mul(I64(g), sum_bytes)), 64 * i) for i in range(n_vectors)] for g in range(n_heads)
         ]
         held = [[cgutils.alloca_once_value(b, load(b, place, vector(F32))) for place in row] for row in places]
         with cgutils.for_range(b, n) as loop:
-            value = _vectors(b, f, at(b, base, b.mul(loop.index, row_bytes)), n_vectors)
+            row = at(b, base, b.mul(loop.index, row_bytes))
+            prefetch(b, at(b, row, AHEAD), _row_bytes(f, n_vectors))
+            value = _vectors(b, f, row, n_vectors)
             for g in range(n_heads):
                 place = at(b, at(b, weights, b.mul(I64(g), p_bytes)), b.mul(loop.index, I64(4)))
                 weight = splat(b, load(b, place, F32))
@@ -109,5 +121,5 @@ def add_rows(
                 store(b, b.load(total), place)
         return context.get_dummy_value()
 
-    i = types.int64
-    return types.void(values, i, i, p, sums, i, vectors, heads), codegen
+    x = types.int64
+    return types.void(v, x, x, x, x, p, sums, x, x, vectors, heads), codegen
