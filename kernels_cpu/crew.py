@@ -38,7 +38,7 @@ AWAKE = 200e-6  # seconds a worker looks for work before it sleeps: longer than 
 STALLED = 1e-3  # seconds of waiting for a task that tell of a lost core; STALL holds it in looks
 CALLS_ALONE = 1000  # after that; ALONE counts them down
 
-_TASK = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, I64])
+_TASK = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, I64, I64])  # (environment, tasks left, thread)
 
 
 def _field(b: ir.IRBuilder, state: Value, offset: int) -> Value:
@@ -61,7 +61,7 @@ def _offer_core(b: ir.IRBuilder) -> None:
 
 
 def _take_task(b: ir.IRBuilder, state: Value) -> tuple[Value, Value]:
-    """(whether a task was taken, its number)."""
+    """(whether a task was taken, how many are left after it)."""
     ticket = _field(b, state, TICKET)
     seen = b.load_atomic(ticket, "acquire", 8)
     left = b.and_(seen, I64(2**TASK_BITS - 1))
@@ -72,15 +72,15 @@ def _take_task(b: ir.IRBuilder, state: Value) -> tuple[Value, Value]:
     return b.load(taken), b.sub(left, I64(1))
 
 
-def _do_task(b: ir.IRBuilder, state: Value, task: Value) -> None:
+def _do_task(b: ir.IRBuilder, state: Value, left: Value, thread: Value) -> None:
     function = b.inttoptr(b.load(_field(b, state, FUNCTION)), _TASK.as_pointer())
     environment = b.inttoptr(b.load(_field(b, state, ENVIRONMENT)), cgutils.voidptr_t)
-    b.call(function, [environment, task])
+    b.call(function, [environment, left, thread])
     b.atomic_rmw("add", _field(b, state, DONE), I64(1), "acq_rel")
 
 
 @intrinsic
-def _serve(typingctx: Any, state: Any, patience: Any) -> Any:
+def _serve(typingctx: Any, state: Any, patience: Any, thread: Any) -> Any:
     """Does tasks until none was found `patience` times in a row."""
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
@@ -89,10 +89,10 @@ def _serve(typingctx: Any, state: Any, patience: Any) -> Any:
         loop, end = b.append_basic_block("look"), b.append_basic_block("end")
         b.branch(loop)
         b.position_at_end(loop)
-        taken, task = _take_task(b, state)
+        taken, left = _take_task(b, state)
         with b.if_else(taken) as (yes, no):
             with yes:
-                _do_task(b, state, task)
+                _do_task(b, state, left, args[2])
                 b.store(I64(0), idle)
             with no:
                 _pause(b)
@@ -101,12 +101,12 @@ def _serve(typingctx: Any, state: Any, patience: Any) -> Any:
         b.position_at_end(end)
         return context.get_dummy_value()
 
-    return types.void(state, types.int64), codegen
+    return types.void(state, types.int64, types.int64), codegen
 
 
 @kernel
-def _serve_until_idle(state, patience):  # type: ignore[no-untyped-def]
-    _serve(state, patience)
+def _serve_until_idle(state, patience, thread):  # type: ignore[no-untyped-def]
+    _serve(state, patience, thread)
 
 
 @intrinsic
@@ -120,19 +120,23 @@ def share(typingctx: Any, state: Any, n: Any, function: Any, args: Any) -> Any:
 
 @intrinsic
 def share_long(typingctx: Any, state: Any, n: Any, function: Any, args: Any) -> Any:
-    """The same for tasks that may take milliseconds: it is no surprise to wait for the last one."""
+    """The same with function(*args, i, thread), for tasks that may take milliseconds: waiting for one is no surprise.
+
+    thread: 0 for the caller, from 1 on for the workers; what it indexes belongs to the task while it runs.
+    """
     return _share(typingctx, state, n, function, args, long=True)
 
 
 def _share(typingctx: Any, state: Any, n: Any, function: Any, args: Any, long: bool) -> Any:
-    call = function.get_call_type(typingctx, (*args.types, types.int64), {})
+    numbers = (types.int64,) * (2 if long else 1)
+    call = function.get_call_type(typingctx, (*args.types, *numbers), {})
     compiled = function.dispatcher.get_compile_result(call)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, values: Any) -> Value:
         state, _, _ = into_array(context, b, signature.args[0], values[0])
         n = values[1]
-        # What the tasks read, and whether one of them failed.
-        environment = cgutils.alloca_once_value(b, cgutils.pack_struct(b, [values[3], I64(0)]))
+        # What the tasks read: arguments, whether one of them failed, how many there are.
+        environment = cgutils.alloca_once_value(b, cgutils.pack_struct(b, [values[3], I64(0), n]))
         context.active_code_library.add_linking_library(compiled.library)
         task = ir.Function(b.module, _TASK, name=b.module.get_unique_name("task"))
         task.linkage = "internal"
@@ -140,7 +144,10 @@ def _share(typingctx: Any, state: Any, n: Any, function: Any, args: Any, long: b
         shared = inner.bitcast(task.args[0], environment.type)
         stored = inner.load(cgutils.gep_inbounds(inner, shared, 0, 0))
         arguments = [inner.extract_value(stored, i) for i in range(len(args.types))]
-        status, _ = context.call_internal_no_propagate(inner, compiled.fndesc, call, [*arguments, task.args[1]])
+        _, left, thread = task.args
+        number = inner.sub(inner.sub(inner.load(cgutils.gep_inbounds(inner, shared, 0, 2)), left), I64(1))
+        arguments += [number, thread] if long else [number]
+        status, _ = context.call_internal_no_propagate(inner, compiled.fndesc, call, arguments)
         with inner.if_then(status.is_error, likely=False):
             inner.store_atomic(I64(1), cgutils.gep_inbounds(inner, shared, 0, 1), "monotonic", 8)
         inner.ret_void()
@@ -151,7 +158,7 @@ def _share(typingctx: Any, state: Any, n: Any, function: Any, args: Any, long: b
             with by_itself:
                 b.store(b.sub(b.load(alone), I64(1)), alone)
                 with cgutils.for_range(b, n) as loop:
-                    b.call(task, [b.bitcast(environment, cgutils.voidptr_t), loop.index])
+                    b.call(task, [b.bitcast(environment, cgutils.voidptr_t), loop.index, I64(0)])
             with together, b.if_then(b.icmp_signed(">", n, I64(0))):
                 b.store(I64(0), _field(b, state, DONE))
                 b.store(b.ptrtoint(task, I64), _field(b, state, FUNCTION))
@@ -176,9 +183,9 @@ def _work_and_wait(b: ir.IRBuilder, state: Value, n: Value, long: bool) -> None:
     b.store(I64(0), looks)
     b.branch(work)
     b.position_at_end(work)
-    taken, task = _take_task(b, state)
+    taken, left = _take_task(b, state)
     with b.if_then(taken):
-        _do_task(b, state, task)
+        _do_task(b, state, left, I64(0))
     # Another thread may have been quicker with one task while more are left.
     left = b.and_(b.load_atomic(_field(b, state, TICKET), "acquire", 8), I64(2**TASK_BITS - 1))
     b.cbranch(b.icmp_signed(">", left, I64(0)), work, wait)
@@ -206,9 +213,9 @@ class Crew:
         self._bells = [_Bell() for _ in range(threads - 1)]
         patience = _looks_in(AWAKE) if self._bells else 0
         self.state[STALL // 8] = _looks_in(STALLED) if self._bells else 0
-        for bell in self._bells:
-            thread = threading.Thread(target=_work, args=(self.state, bell, patience), name="minirt", daemon=True)
-            thread.start()
+        for number, bell in enumerate(self._bells, 1):
+            args = (self.state, bell, patience, number)
+            threading.Thread(target=_work, args=args, name="minirt", daemon=True).start()
         weakref.finalize(self, _dismiss, self._bells)
         _crews.add(self)
 
@@ -249,9 +256,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_workers)
 
 
-def _work(state: np.ndarray, bell: _Bell, patience: int) -> None:
+def _work(state: np.ndarray, bell: _Bell, patience: int, number: int) -> None:
     while not bell.dismissed:
-        _serve_until_idle(state, patience)
+        _serve_until_idle(state, patience, number)
         bell.asleep = True
         bell.rung.acquire()
 
@@ -262,6 +269,6 @@ def _looks_in(seconds: float) -> int:
     nothing, looks, times = np.zeros(64, np.int64), 1000, []
     for _ in range(5):  # the first one compiles; any may be interrupted
         begun = time.perf_counter()
-        _serve_until_idle(nothing, looks)
+        _serve_until_idle(nothing, looks, 1)
         times.append(time.perf_counter() - begun)
     return max(looks, int(looks * seconds / min(times)))

@@ -23,7 +23,7 @@ from .compiled import kernel
 from .ir_vectors import F32, I32, I64, LANES, Value, at, into_array, load, multiply_add, splat, store, vector
 from .isa import has
 
-RUN = 512  # of the inner dimension: whole blocks of every format
+RUN = 1024  # of the inner dimension: whole blocks of every format
 AHEAD = 4096  # bytes: packed activations may still be in the last cache, or out of it
 
 
@@ -223,47 +223,30 @@ def pack_rows(x, begin, end, packed):  # type: ignore[no-untyped-def]
                     packed[to + (c - k) * height + i] = x[min(row + i, n - 1), c]
 
 
-def scratch_size(n: int, panels: int) -> int:
-    """Numbers that multiply_task keeps beside its arguments."""
-    return packed_size(n, 1) * panels * WIDTH
-
-
 @kernel
-def multiply_task(packed, n, k, weights, scratch, out, column, width, add):  # type: ignore[no-untyped-def]
+def multiply_run(packed, n, k, weights, m, tile, out, column, width, add):  # type: ignore[no-untyped-def]
     """out[:, column : column + width] = x[:, k : k + m] @ weights, or += if add. out [n, n_out] is C-ordered.
 
-    packed: x [n, n_in] from pack_rows. weights [panels, m, WIDTH]: the first `width` of their columns count. k is a
-    multiple of RUN, and so is m unless k + m = n_in. Columns of the last panel that do not count must hold numbers
-    nonetheless, zeros for example: denormal ones are slow. scratch, 1-D: at least scratch_size(n, panels). Both weights
-    and scratch should begin at a cache line, since a load that spans two counts as two.
+    packed: x [n, n_in] from pack_rows; k ... k + m - 1 is one run of it. weights, 1-D, holds panels [m, WIDTH] one
+    after the other: the first `width` of their columns count, the rest must be numbers nonetheless, zeros for example,
+    because denormal ones are slow. tile, 1-D: ROWS * WIDTH numbers of scratch. Both should begin at a cache line, since
+    a load that spans two counts as two.
     """
     tall, few = tile_counts(n)
     padded = tall * ROWS + few * FEW
-    m = weights.shape[1]
-    for start in range(0, m, RUN):
-        size = min(RUN, m - start)
-        for p in range((width + WIDTH - 1) // WIDTH):
-            w_at = (p * m + start) * WIDTH
-            first = column + p * WIDTH
-            columns = min(WIDTH, width - p * WIDTH)
-            for t in range(tall + few):
-                row = t * ROWS if t < tall else tall * ROWS + (t - tall) * FEW
-                x_at = (k + start) * padded + row * size
-                to = (p * padded + row) * WIDTH
-                # The scratch is contiguous: rows of `out` may all compete for the same few places of a cache.
-                if t < tall:
-                    multiply_tile(
-                        packed, x_at, ROWS, weights, w_at, WIDTH, size, scratch, to, WIDTH, start > 0, _ROWS, _VECTORS
-                    )
+    for p in range((width + WIDTH - 1) // WIDTH):
+        w_at, first, columns = p * m * WIDTH, column + p * WIDTH, min(WIDTH, width - p * WIDTH)
+        for t in range(tall + few):
+            row = t * ROWS if t < tall else tall * ROWS + (t - tall) * FEW
+            x_at = k * padded + row * m
+            if t < tall:
+                multiply_tile(packed, x_at, ROWS, weights, w_at, WIDTH, m, tile, 0, WIDTH, False, _ROWS, _VECTORS)
+            else:
+                multiply_tile(packed, x_at, FEW, weights, w_at, WIDTH, m, tile, 0, WIDTH, False, _FEW, _VECTORS)
+            for i in range(min(ROWS if t < tall else FEW, n - row)):
+                if add:
+                    for j in range(columns):
+                        out[row + i, first + j] += tile[i * WIDTH + j]
                 else:
-                    multiply_tile(
-                        packed, x_at, FEW, weights, w_at, WIDTH, size, scratch, to, WIDTH, start > 0, _FEW, _VECTORS
-                    )
-                if start + size == m:
-                    for i in range(min(ROWS if t < tall else FEW, n - row)):
-                        if add:
-                            for j in range(columns):
-                                out[row + i, first + j] += scratch[to + i * WIDTH + j]
-                        else:
-                            for j in range(columns):
-                                out[row + i, first + j] = scratch[to + i * WIDTH + j]
+                    for j in range(columns):
+                        out[row + i, first + j] = tile[i * WIDTH + j]

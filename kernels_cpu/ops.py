@@ -32,8 +32,8 @@ from .gemm import packed_size
 from .ir_vectors import LANES
 from .memory import Arena
 from .panels import decode_function, layout, panel_function
-from .prefill_attention import attend_chunk, block_tokens
-from .prefill_products import many_add_product, many_gated_products, many_norm_products
+from .prefill_attention import attend_chunk, attention_scratch, block_tokens
+from .prefill_products import many_add_product, many_gated_products, many_norm_products, room_size
 
 if TYPE_CHECKING:
     from minirt.weights import LayerWeights
@@ -107,6 +107,7 @@ class CpuOps:
     def __init__(self, threads: int):
         self.threads = threads
         self._crew, self._arena = Crew(threads), Arena()
+        self._room = np.empty((threads, room_size(MANY_PANELS)), np.float32)  # of each thread in prefill
         self._known: dict[tuple[Any, ...], _Work] = {}
         self._scratch: dict[str, np.ndarray] = {}
 
@@ -168,7 +169,10 @@ class CpuOps:
             h = _columns(h, gate.shape[0])
         else:
             h = self._buffer("gated", (len(x), gate.shape[0]))
-            many_gated_products(crew, x, layer.ffn_norm, eps, w.descriptors, w.step, w.normed, w.packed, h)
+            ups = self._buffer("ups", (self.threads, len(x) * LANES * w.step))
+            many_gated_products(
+                crew, x, layer.ffn_norm, eps, w.descriptors, w.step, w.normed, w.packed, self._room, ups, h
+            )
         self._add_product(x, h, layer.w_down)
 
     def logits(self, x: np.ndarray, norm: np.ndarray, eps: float, matrix: PanelMatrix) -> np.ndarray:
@@ -205,8 +209,11 @@ class CpuOps:
         d, q = q.shape[2], np.ascontiguousarray(_padded(q))
         check_chunk(q, kv, seq, start, window)
         out = self._buffer("chunk", q.shape)
-        block = block_tokens(q.shape[1] // kv.k.shape[1])
-        attend_chunk(self._crew.call(), q, kv.k[seq], kv.v[seq], start, window, 1.0 / math.sqrt(d), block, out)
+        group = q.shape[1] // kv.k.shape[1]
+        block = block_tokens(group)
+        scratch = self._buffer("attention", (self.threads, attention_scratch(block, group, q.shape[2])))
+        crew, scale = self._crew.call(), 1.0 / math.sqrt(d)
+        attend_chunk(crew, q, kv.k[seq], kv.v[seq], start, window, scale, block, scratch, out)
         return _columns(out, d)
 
     def _norm_products(self, x: np.ndarray, norm: np.ndarray, eps: float, *matrices: PanelMatrix) -> _Work:
@@ -215,7 +222,9 @@ class CpuOps:
         if len(x) <= FEW_ROWS:
             kernels.norm_products(crew, x, norm, np.float32(eps), w.descriptors, w.step, w.normed, w.codes, w.out)
         else:
-            many_norm_products(crew, x, norm, np.float32(eps), w.descriptors, w.step, w.normed, w.packed, w.out)
+            many_norm_products(
+                crew, x, norm, np.float32(eps), w.descriptors, w.step, w.normed, w.packed, self._room, w.out
+            )
         return w
 
     def _add_product(self, x: np.ndarray, h: np.ndarray, matrix: PanelMatrix) -> None:
@@ -224,7 +233,7 @@ class CpuOps:
         if len(h) <= FEW_ROWS:
             kernels.add_product(crew, h, w.descriptors, w.step, w.codes, w.out, x)
         else:
-            many_add_product(crew, h, w.descriptors, w.step, w.packed, x)
+            many_add_product(crew, h, w.descriptors, w.step, w.packed, self._room, x)
 
     def _work(self, n: int, *matrices: PanelMatrix) -> _Work:
         """How to multiply n rows by these matrices; kept for a few rows, because a decode step has no time for it."""

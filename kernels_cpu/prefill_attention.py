@@ -280,18 +280,15 @@ def attend_block(q, k, v, head, token, tokens, start, window, scale, scratch, ou
 
 
 @kernel
-def _some_queries(q, k, v, start, window, scale, block, out, task):  # type: ignore[no-untyped-def]
+def _some_queries(q, k, v, start, window, scale, block, scratch, out, task, thread):  # type: ignore[no-untyped-def]
     heads, n = len(k), len(q)
     # The last queries see the most keys: the longest tasks first.
     first = ((n + block - 1) // block - 1 - task // heads) * block
-    group = q.shape[1] // heads
-    padded = (block * group + PANEL - 1) // PANEL * PANEL
-    scratch = np.empty(2 * padded * q.shape[2] + KEYS * (2 * q.shape[2] + PANEL) + LANES * (q.shape[2] + 1), np.float32)
-    attend_block(q, k, v, task % heads, first, min(block, n - first), start, window, scale, scratch, out)
+    attend_block(q, k, v, task % heads, first, min(block, n - first), start, window, scale, scratch[thread], out)
 
 
 @kernel
-def attend_chunk(crew, q, k, v, start, window, scale, block, out):  # type: ignore[no-untyped-def]
-    """All query heads of a chunk, `block` tokens in a task; otherwise as attend_block."""
+def attend_chunk(crew, q, k, v, start, window, scale, block, scratch, out):  # type: ignore[no-untyped-def]
+    """All query heads of a chunk, `block` tokens in a task, a row of scratch for each thread; see attend_block."""
     tasks = (len(q) + block - 1) // block * len(k)
-    share_long(crew, tasks, _some_queries, (q, k, v, start, window, scale, block, out))
+    share_long(crew, tasks, _some_queries, (q, k, v, start, window, scale, block, scratch, out))

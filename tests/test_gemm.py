@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kernels_cpu.blocks import FORMATS
-from kernels_cpu.gemm import RUN, WIDTH, multiply_task, pack_rows, packed_size, scratch_size, tile_counts
+from kernels_cpu.gemm import ROWS, RUN, WIDTH, multiply_run, pack_rows, packed_size, tile_counts
 from kernels_cpu.prefill_attention import KEYS, attend_block, attention_scratch, block_tokens
 
 
@@ -41,13 +41,11 @@ def panels(w: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(padded.reshape(n_in, -1, WIDTH).transpose(1, 0, 2))
 
 
-def multiplied(
-    x: np.ndarray, w: np.ndarray, out: np.ndarray, column: int, add: bool, ranges: list[tuple[int, int]]
-) -> None:
-    scratch = np.full(scratch_size(len(x), -(-w.shape[1] // WIDTH)), np.nan, np.float32)
-    for begin, end in ranges:
-        part = panels(w[begin:end])
-        multiply_task(packed(x), len(x), begin, part, scratch, out, column, w.shape[1], add or begin > 0)
+def multiplied(x: np.ndarray, w: np.ndarray, out: np.ndarray, column: int, add: bool) -> None:
+    tile = np.full(ROWS * WIDTH, np.nan, np.float32)
+    for k in range(0, len(w), RUN):
+        part = w[k : k + RUN]
+        multiply_run(packed(x), len(x), k, panels(part).ravel(), len(part), tile, out, column, w.shape[1], add or k > 0)
 
 
 @pytest.mark.parametrize("n", range(1, 41))
@@ -55,34 +53,34 @@ def test_products_of_any_number_of_rows(n: int) -> None:
     for n_in, columns in ((16, 16), (80, WIDTH + 5), (RUN + 16, 2 * WIDTH)):
         x, w = normal(n, n_in), normal(n_in, columns, seed=1)
         out = np.full((n, columns + 10), 7.0, np.float32)
-        multiplied(x, w, out, 3, False, [(0, n_in)])
+        multiplied(x, w, out, 3, False)
         assert error(out[:, 3:-7], x.astype(np.float64) @ w) <= 1e-6
         assert (out[:, :3] == 7.0).all()
         assert (out[:, -7:] == 7.0).all()
 
 
-@pytest.mark.parametrize("n_in", range(16, 1101, 76))
+@pytest.mark.parametrize("n_in", range(16, 2101, 148))
 @pytest.mark.parametrize("columns", [1, WIDTH - 1, WIDTH, 3 * WIDTH + 16])
 def test_products_of_any_length(n_in: int, columns: int) -> None:
     for length in (n_in, n_in + 4 - n_in % 8, n_in + 3):  # not only whole vectors
         x, w = normal(23, length), normal(length, columns, seed=1)
         before = normal(23, columns, seed=2)
         out = before.copy()
-        multiplied(x, w, out, 0, True, [(0, length)])
+        multiplied(x, w, out, 0, True)
         assert error(out, x.astype(np.float64) @ w + before) <= 1e-6
 
 
-def test_a_product_in_parts_of_its_length() -> None:
+def test_a_product_in_several_runs() -> None:
     x, w = normal(50, 3 * RUN + 40), normal(3 * RUN + 40, 2 * WIDTH, seed=1)
     out = np.zeros((50, 2 * WIDTH), np.float32)
-    multiplied(x, w, out, 0, False, [(0, RUN), (RUN, 3 * RUN), (3 * RUN, 3 * RUN + 40)])
+    multiplied(x, w, out, 0, False)
     assert error(out, x.astype(np.float64) @ w) <= 1e-6
 
 
 def test_packed_rows_may_have_gaps() -> None:
     x, w = normal(30, 100)[:, 10:90], normal(80, WIDTH, seed=1)
     out = np.zeros((30, WIDTH), np.float32)
-    multiplied(x, w, out, 0, False, [(0, 80)])
+    multiplied(x, w, out, 0, False)
     assert error(out, x.astype(np.float64) @ w) <= 1e-6
 
 
@@ -90,7 +88,7 @@ def test_a_row_of_nan_stays_by_itself() -> None:
     x, w = normal(14, 48), normal(48, WIDTH, seed=1)
     x[12, 5], x[3, 0] = np.nan, np.inf
     out = np.zeros((14, WIDTH), np.float32)
-    multiplied(x, w, out, 0, False, [(0, 48)])
+    multiplied(x, w, out, 0, False)
     finite = np.isfinite(out)
     assert np.isnan(out[12]).all()
     assert not finite[3].any()

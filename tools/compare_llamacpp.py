@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from compare_worker import BUFFER, LLAMA_BATCH, LLAMA_UBATCH, MINIRT_CHUNK, PROMPT
+from compare_worker import LLAMA_BATCH, LLAMA_UBATCH, MINIRT_CHUNK, PROMPT
 
 from minirt import __version__
 from minirt.devices import physical_cores
@@ -330,7 +330,7 @@ def main(
         raise click.ClickException("llama-cpp-python is not installed here: pip install llama-cpp-python")
     settings = Settings(threads or physical_cores(), depths, prompts, steps, rounds)
     constants = {"start_prompt": PROMPT, "start_context": START_CONTEXT, "kv": "f16", "minirt_chunk": MINIRT_CHUNK}
-    constants |= {"n_batch": LLAMA_BATCH, "n_ubatch": LLAMA_UBATCH, "bandwidth_buffer_bytes": BUFFER}
+    constants |= {"n_batch": LLAMA_BATCH, "n_ubatch": LLAMA_UBATCH}
     result = {
         "label": label,
         **environment(),

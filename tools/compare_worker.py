@@ -21,7 +21,6 @@ from typing import Any
 PROMPT = "The capital of France is"
 MINIRT_CHUNK = 512  # tokens per call, as in minirt's session
 LLAMA_BATCH, LLAMA_UBATCH = 2048, 512  # llama.cpp's own defaults
-BUFFER = 512 << 20  # bytes read to measure the memory
 
 
 class Engine:
@@ -194,37 +193,14 @@ def peak_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes per second at which a few threads together read memory; the best of several passes."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    import numba
-    import numpy as np
-
-    @numba.njit(nogil=True)
-    def read(words: np.ndarray) -> int:
-        bits = words[0]
-        for i in range(words.size):
-            bits |= words[i]
-        return bits
-
-    words = np.ones(BUFFER // 8, np.uint64)
-    read(words[:8])
-    best = 0.0
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(10):
-            begun = time.perf_counter()
-            list(pool.map(read, np.array_split(words, threads)))
-            best = max(best, BUFFER / (time.perf_counter() - begun))
-    return best
-
-
 def main() -> None:
     spec = json.loads(sys.argv[1])
     engine, start = spec.pop("engine"), spec.pop("start", 0)
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # a library that prints does not disturb the answers
     if engine == "bandwidth":
+        from minirt.bandwidth import read_bandwidth
+
         print(json.dumps(read_bandwidth(**spec)), file=out)
         return
     if start:
