@@ -242,8 +242,8 @@ def dot_bytes(b: ir.IRBuilder, total: Value, q: Value, x: Value) -> Value:
         words, eight = vector(I16, 2 * LANES), constant(I16, 8, 2 * LANES)
         q, x = b.bitcast(q, words), b.bitcast(x, words)
         even = b.and_(q, constant(I16, 255, 2 * LANES)), b.ashr(b.shl(x, eight), eight)
-        for q, x in (even, (b.lshr(q, eight), b.ashr(x, eight))):
-            halves = ((part(b, q, i, 8), part(b, x, i, 8)) for i in range(0, 2 * LANES, 8))
+        for u, v in (even, (b.lshr(q, eight), b.ashr(x, eight))):
+            halves = ((part(b, u, i, 8), part(b, v, i, 8)) for i in range(0, 2 * LANES, 8))
             parts = [call("llvm.x86.sse2.pmadd.wd", vector(I32, 4), *half) for half in halves]
             total = b.add(total, concatenate(b, parts))
         return total

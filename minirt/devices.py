@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 from .errors import ModelError, UsageError
@@ -29,6 +30,15 @@ def open_ops(device: str, threads: int | None) -> Ops:
     if not may_compile():
         raise UsageError("NUMBA_DISABLE_JIT is set, and the CPU kernels must be compiled; or use --device reference")
     return CpuOps(threads or physical_cores())
+
+
+def compilations() -> tuple[int, int]:
+    """How many kernels this process has compiled, and how many of those could not be kept for the next one."""
+    if "kernels_cpu" not in sys.modules:
+        return 0, 0
+    from kernels_cpu import compiled
+
+    return len(compiled.compilations), len(compiled.unkept)
 
 
 def usable_cpus() -> int:

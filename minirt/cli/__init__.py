@@ -24,6 +24,7 @@ from .perplexity import perplexity
 from .run import run
 from .terminal import describe, say
 from .tokenize import tokenize
+from .warmup import warmup
 
 
 class _Commands(click.Group):
@@ -111,5 +112,5 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (chat, run, info, bench, perplexity, tokenize):
+for _command in (chat, run, info, bench, perplexity, tokenize, warmup):
     main.add_command(_command)
