@@ -5,7 +5,7 @@ awake takes some too. Nobody waits for a thread that has not begun: if the other
 Tasks write to places of their own, so results do not depend on who did what.
 
 A thread whose core was taken away in the middle of a task does hold up the others, for as long as the system likes. So
-a caller that had to wait unusually long does the next calls alone.
+a caller that had to wait unusually long works alone for a while.
 
 The state is one int64 array, a cache line a field. TICKET holds (calls so far << 32 | tasks left): a task is taken by a
 compare-and-swap, so a thread that looked away cannot take one of a later call by mistake, and what is taken belongs to
@@ -36,7 +36,7 @@ TICKET, FUNCTION, ENVIRONMENT, DONE, STALL, ALONE = 0, 8, 16, 64, 128, 136  # by
 TASK_BITS = 32
 AWAKE = 200e-6  # seconds a worker looks for work before it sleeps: longer than the Python between two kernel calls
 STALLED = 1e-3  # seconds of waiting for a task that tell of a lost core; STALL holds it in looks
-CALLS_ALONE = 1000  # after that; ALONE counts them down
+SECONDS_ALONE = 20e-3  # after that, while ALONE is 1
 
 _TASK = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, I64, I64])  # (environment, tasks left, thread)
 
@@ -155,10 +155,8 @@ def _share(typingctx: Any, state: Any, n: Any, function: Any, args: Any, long: b
         alone = _field(b, state, ALONE)
         lost = cgutils.false_bit if long else b.icmp_signed(">", b.load(alone), I64(0))
         with b.if_else(lost) as (by_itself, together):
-            with by_itself:
-                b.store(b.sub(b.load(alone), I64(1)), alone)
-                with cgutils.for_range(b, n) as loop:
-                    b.call(task, [b.bitcast(environment, cgutils.voidptr_t), loop.index, I64(0)])
+            with by_itself, cgutils.for_range(b, n) as loop:
+                b.call(task, [b.bitcast(environment, cgutils.voidptr_t), loop.index, I64(0)])
             with together, b.if_then(b.icmp_signed(">", n, I64(0))):
                 b.store(I64(0), _field(b, state, DONE))
                 b.store(b.ptrtoint(task, I64), _field(b, state, FUNCTION))
@@ -198,7 +196,7 @@ def _work_and_wait(b: ir.IRBuilder, state: Value, n: Value, long: bool) -> None:
     b.cbranch(b.icmp_signed(">", count, b.load(_field(b, state, STALL))), stalled, wait)
     b.position_at_end(stalled)
     if not long:
-        b.store(I64(CALLS_ALONE), _field(b, state, ALONE))
+        b.store(I64(1), _field(b, state, ALONE))
     _offer_core(b)
     b.branch(wait)
     b.position_at_end(end)
@@ -209,7 +207,7 @@ class Crew:
 
     def __init__(self, threads: int):
         self.threads = threads
-        self.state = np.zeros(64, np.int64)
+        self.state, self._alone_until = np.zeros(64, np.int64), 0.0
         self._bells = [_Bell() for _ in range(threads - 1)]
         patience = _looks_in(AWAKE) if self._bells else 0
         self.state[STALL // 8] = _looks_in(STALLED) if self._bells else 0
@@ -221,6 +219,11 @@ class Crew:
 
     def call(self) -> np.ndarray:
         """The state, for a kernel that will share tasks: wakes those who sleep."""
+        if self.state[ALONE // 8]:
+            now = time.perf_counter()
+            self._alone_until = self._alone_until or now + SECONDS_ALONE
+            if now > self._alone_until:
+                self.state[ALONE // 8] = self._alone_until = 0
         for bell in self._bells:
             if bell.asleep:
                 bell.asleep = False

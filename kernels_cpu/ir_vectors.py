@@ -65,13 +65,21 @@ def store(b: ir.IRBuilder, value: Value, pointer: Value) -> None:
     b.store(value, b.bitcast(pointer, value.type.as_pointer()), align=1)
 
 
+NEAR, FAR = 512, 4096  # bytes ahead: to the first cache, to the second
+
+
 def prefetch(b: ir.IRBuilder, pointer: Value, size: int) -> None:
-    """Asks for the cache lines of `size` bytes; they may lie anywhere."""
+    """Asks for the memory that a loop will read soon, which now reads `size` bytes at the pointer.
+
+    A core follows a stream on its own, but not far enough ahead to use the memory fully; it has few places to wait for
+    lines of the first cache, so what is far away goes to the second.
+    """
     kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, I32, I32, I32])
-    for offset in range(0, size, 64):
-        p = b.bitcast(at(b, pointer, offset), cgutils.voidptr_t)
-        function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0i8")
-        b.call(function, [p, I32(0), I32(3), I32(1)])  # to read, as near as can be, data
+    function = b.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
+    for ahead, locality in ((NEAR, 3), (FAR, 2)):
+        for offset in range(ahead, ahead + size, 64):
+            p = b.bitcast(at(b, pointer, offset), cgutils.voidptr_t)
+            b.call(function, [p, I32(0), I32(locality), I32(1)])  # to read, data
 
 
 def for_vectors(b: ir.IRBuilder, n: Value, turn: Callable[[Value, int], None]) -> None:

@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 FEW_ROWS = 8  # up to here weights are multiplied as they are; beyond, decoding them to float32 pays
 MANY_PANELS = 4  # of a weight in a prefill task
 PARTS = 8  # of weights in a decode step, at least ...
-PART_BYTES = 256 << 10  # ... and of this size at most, so that no thread is left waiting for long
+PART_BYTES = 1 << 20  # ... and of this size at most, so that no thread is left waiting for long
 HELD_VECTORS = 16  # of queries or sums kept in registers
 PART_ROWS = 256  # cached rows that are worth a task of their own in a decode step ...
-MAX_PARTS = 32  # ... of which there are this many at most; by length alone, so results do not depend on threads
+MAX_PARTS = 64  # ... of which there are this many at most; by length alone, so results do not depend on threads
 
 _FORMAT_OF_STORE = {"f32": "F32", "f16": "F16"}
 _NOTHING = np.empty(0, np.float32)

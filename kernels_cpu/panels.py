@@ -42,8 +42,6 @@ from .ir_vectors import (
 
 COLUMNS = 8  # of a weight without blocks, in one turn
 
-AHEAD = 4096  # bytes of weights asked for before they are needed: a core's own guesses reach half the bandwidth
-
 
 def layout(f: Format) -> tuple[np.ndarray, np.ndarray]:
     """Where each byte of a block of 16 rows comes from: row and byte, int32; and where its masks begin, int32."""
@@ -97,7 +95,7 @@ def _dot(b: ir.IRBuilder, f: Format, panel: Value, n: Value, x: list[Value]) -> 
         with cgutils.for_range(b, n) as loop:
             rows = [at(b, row, b.mul(loop.index, I64(f.length // BLOCK * BLOCK_BYTES))) for row in x]
             block = at(b, panel, b.mul(loop.index, I64(LANES * f.dtype.itemsize)))
-            prefetch(b, at(b, block, AHEAD), LANES * f.dtype.itemsize)
+            prefetch(b, block, LANES * f.dtype.itemsize)
             _dot_blocks(b, f, block, rows, totals)
         return [b.load(total) for total in totals]
 
@@ -114,7 +112,7 @@ def _dot(b: ir.IRBuilder, f: Format, panel: Value, n: Value, x: list[Value]) -> 
     whole = b.udiv(n, I64(COLUMNS))
     with cgutils.for_range(b, whole) as loop:
         size = COLUMNS * LANES * f.dtype.itemsize
-        prefetch(b, at(b, panel, b.add(b.mul(loop.index, I64(size)), I64(AHEAD))), size)
+        prefetch(b, at(b, panel, b.mul(loop.index, I64(size))), size)
         for c in range(COLUMNS):
             column(b.add(b.mul(loop.index, I64(COLUMNS)), I64(c)), c)
     with cgutils.for_range_slice(b, b.mul(whole, I64(COLUMNS)), n, I64(1)) as (index, _):

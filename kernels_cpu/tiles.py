@@ -18,8 +18,6 @@ from .blocks import BY_RECORD, Format, Rows
 from .ir_vectors import F32, I32, I64, LANES, Value, at, into_array, load, multiply_add, prefetch, splat, store, vector
 from .rows import weights_of
 
-AHEAD = 2048  # bytes of rows asked for before they are needed
-
 
 def _row_bytes(f: Format, n_vectors: int) -> int:
     return LANES * n_vectors // f.length * f.dtype.itemsize
@@ -74,7 +72,7 @@ def score_rows(
                 index = b.add(start, I64(r))
                 index = b.select(b.icmp_signed("<", index, last), index, last)
                 row = at(b, base, b.mul(index, row_bytes))
-                prefetch(b, at(b, row, AHEAD), _row_bytes(f, n_vectors))
+                prefetch(b, row, _row_bytes(f, n_vectors))
                 key = _vectors(b, f, row, n_vectors)
                 for g in range(n_heads):
                     total = b.fmul(key[0], held[g][0])
@@ -109,7 +107,7 @@ def add_rows(
         held = [[cgutils.alloca_once_value(b, load(b, place, vector(F32))) for place in row] for row in places]
         with cgutils.for_range(b, n) as loop:
             row = at(b, base, b.mul(loop.index, row_bytes))
-            prefetch(b, at(b, row, AHEAD), _row_bytes(f, n_vectors))
+            prefetch(b, row, _row_bytes(f, n_vectors))
             value = _vectors(b, f, row, n_vectors)
             for g in range(n_heads):
                 place = at(b, at(b, weights, b.mul(I64(g), p_bytes)), b.mul(loop.index, I64(4)))
