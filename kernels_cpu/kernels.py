@@ -226,7 +226,7 @@ def append(k_cache, v_cache, seq, slot, k, v):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _attend_part(q, k, v, first, stop, scale, parts, vectors, heads, sums, largest, total, task):  # type: ignore[no-untyped-def]
+def _attend_part(q, k, v, first, stop, scale, parts, vectors, scored, summed, sums, largest, total, task):  # type: ignore[no-untyped-def]
     n_head_kv = k.shape[1]
     group = q.shape[1] // n_head_kv
     d = q.shape[2]
@@ -240,28 +240,27 @@ def _attend_part(q, k, v, first, stop, scale, parts, vectors, heads, sums, large
             sums[task, g, j] = 0.0
     for tile in range(begin, end, TILE):
         width = min(TILE, end - tile)
-        for g in range(0, group, len(heads)):
-            score_rows(k, b, h, tile, width, q, h * group + g, scores, g, vectors, heads)
+        for g in range(0, group, len(scored)):
+            score_rows(k, b, h, tile, width, q, h * group + g, scale, scores, g, vectors, scored)
         for g in range(group):
-            for s in range(width):
-                scores[g, s] *= scale
             high = row_maximum(scores, g, 0, width, largest[task, g])
             shrink = exp(largest[task, g] - high)
             largest[task, g] = high
             total[task, g] = total[task, g] * shrink + exp_row(scores, g, 0, width, high)
             for j in range(d):
                 sums[task, g, j] *= shrink
-        for g in range(0, group, len(heads)):
-            add_rows(v, b, h, tile, width, scores, sums, task, g, vectors, heads)
+        for g in range(0, group, len(summed)):
+            add_rows(v, b, h, tile, width, scores, sums, task, g, vectors, summed)
 
 
 @kernel
-def attend(crew, q, k, v, first, stop, scale, parts, vectors, heads, out):  # type: ignore[no-untyped-def]
+def attend(crew, q, k, v, first, stop, scale, parts, vectors, scored, summed, out):  # type: ignore[no-untyped-def]
     """One decode step over k, v [B, H_kv, slots, blocks]; q and out [B, H_q, d].
 
     A cached row is read once for its whole group of query heads. Each sequence is cut into parts, each part keeps the
     running maximum and sum of its softmax (arXiv 1805.02867), and the parts are joined at the end.
-    vectors and heads: tuples with as many items as a head has vectors, and as heads go together (see tiles.py).
+    vectors, scored, summed: tuples with as many items as a head has vectors, and as heads are scored and summed up
+    together (see tiles.py).
     """
     n_seq, n_head, d = q.shape
     n_head_kv = k.shape[1]
@@ -269,7 +268,8 @@ def attend(crew, q, k, v, first, stop, scale, parts, vectors, heads, out):  # ty
     tasks = n_seq * n_head_kv * parts
     sums = np.empty((tasks, group, d), np.float32)
     largest, total = np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
-    share(crew, tasks, _attend_part, (q, k, v, first, stop, scale, parts, vectors, heads, sums, largest, total))
+    arguments = (q, k, v, first, stop, scale, parts, vectors, scored, summed, sums, largest, total)
+    share(crew, tasks, _attend_part, arguments)
     for b in range(n_seq):
         for h in range(n_head):
             begin, g = (b * n_head_kv + h // group) * parts, h % group

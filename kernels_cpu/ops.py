@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -42,9 +43,9 @@ FEW_ROWS = 8  # up to here weights are multiplied as they are; beyond, decoding 
 MANY_PANELS = 4  # of a weight in a prefill task
 PARTS = 8  # of weights in a decode step, at least ...
 PART_BYTES = 1 << 20  # ... and of this size at most, so that no thread is left waiting for long
-HELD_VECTORS = 16  # of queries or sums kept in registers
-PART_ROWS = 256  # cached rows that are worth a task of their own in a decode step ...
-MAX_PARTS = 64  # ... of which there are this many at most; by length alone, so results do not depend on threads
+HELD_QUERIES, HELD_SUMS = 32, 16  # vectors of a few heads at hand while cached rows pass; queries may come from memory
+TASKS = 8  # of attention in a decode step, if there are so many ...
+FEWEST_ROWS, MOST_ROWS = 128, 1024  # ... of this size: where each begins, memory is not yet asked for ahead
 
 _FORMAT_OF_STORE = {"f32": "F32", "f16": "F16"}
 _NOTHING = np.empty(0, np.float32)
@@ -195,13 +196,13 @@ class CpuOps:
     def attend(self, q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
         d, q = q.shape[2], np.ascontiguousarray(_padded(q))
         check_ranges(q, kv, first, stop)
-        parts = min(max(int((stop - first).max()) // PART_ROWS, 1), MAX_PARTS)
+        parts = _parts(int((stop - first).max()), len(q) * kv.k.shape[1])
         group, n_vectors = q.shape[1] // kv.k.shape[1], q.shape[2] // LANES
-        together = max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * n_vectors <= HELD_VECTORS))
+        scored, summed = (_together(group, n_vectors, most) for most in (HELD_QUERIES, HELD_SUMS))
         out = self._buffer("attended", q.shape)
         kernels.attend(
             self._crew.call(), q, kv.k, kv.v, first, stop, np.float32(1.0 / math.sqrt(d)), parts,
-            (0,) * n_vectors, (0,) * together, out,
+            (0,) * n_vectors, (0,) * scored, (0,) * summed, out,
         )  # fmt: skip
         return _columns(out, d)
 
@@ -263,6 +264,17 @@ class CpuOps:
         if name not in self._scratch or self._scratch[name].size < size:
             self._scratch[name] = np.empty(size, dtype)
         return self._scratch[name][:size].reshape(shape)
+
+
+@functools.cache
+def _together(group: int, n_vectors: int, most: int) -> int:
+    """How many of the query heads that share a KV head go together."""
+    return max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * n_vectors <= most))
+
+
+def _parts(rows: int, heads: int) -> int:
+    """Into how many parts a sequence is cut; never by the number of threads, on which results must not depend."""
+    return max(1, min(rows // FEWEST_ROWS, max(rows // MOST_ROWS, -(-TASKS // heads))))
 
 
 def _whole_vectors(n: int) -> int:

@@ -34,40 +34,58 @@ def _vectors(b: ir.IRBuilder, f: Format, row: Value, n: int) -> list[Value]:
     return found
 
 
-def _transposed_sum(b: ir.IRBuilder, rows: list[Value]) -> Value:
-    """Sums over lanes of 16 vectors, as one vector: neighbours are added in pairs, four times."""
-    evens = ir.Constant(vector(I32), [2 * i for i in range(LANES)])
-    odds = ir.Constant(vector(I32), [2 * i + 1 for i in range(LANES)])
-    while len(rows) > 1:
-        pairs = zip(rows[::2], rows[1::2], strict=True)
-        rows = [b.fadd(b.shuffle_vector(x, y, evens), b.shuffle_vector(x, y, odds)) for x, y in pairs]
-    return rows[0]
+class _TransposedSum:
+    """Sums over lanes of 16 vectors, as one vector: neighbours are added in pairs, four times.
+
+    A pair is added as soon as both are there, so that few vectors wait in registers.
+    """
+
+    def __init__(self, b: ir.IRBuilder):
+        self.b, self.waiting = b, []  # (vectors in it, sum)
+
+    def add(self, value: Value) -> None:
+        evens = ir.Constant(vector(I32), [2 * i for i in range(LANES)])
+        odds = ir.Constant(vector(I32), [2 * i + 1 for i in range(LANES)])
+        size = 1
+        while self.waiting and self.waiting[-1][0] == size:
+            other = self.waiting.pop()[1]
+            halves = (self.b.shuffle_vector(other, value, half) for half in (evens, odds))
+            size, value = 2 * size, self.b.fadd(*halves)
+        self.waiting.append((size, value))
+
+    def result(self) -> Value:
+        ((_, value),) = self.waiting
+        return value
 
 
 @intrinsic
 def score_rows(
-    typingctx: Any, k: Any, b: Any, h: Any, first: Any, n: Any, q: Any, head: Any, scores: Any, to: Any, vectors: Any,
-    heads: Any,
+    typingctx: Any, k: Any, b: Any, h: Any, first: Any, n: Any, q: Any, head: Any, scale: Any, scores: Any, to: Any,
+    vectors: Any, heads: Any,
 ) -> Any:  # fmt: skip
-    """scores[to + g, 0 : n] = k[b, h, first : first + n] . q[b, head + g] for g < len(heads); 16 len(vectors) = d.
+    """scores[to + g, 0 : n] = scale k[b, h, first : first + n] . q[b, head + g] for g < len(heads); 16 len(vectors) = d.
 
     n is rounded up to 16 by repeating the last row: scores [heads, columns], float32, has that many columns.
     """
     f, n_vectors, n_heads = BY_RECORD[k.dtype], len(vectors), len(heads)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
-        k, seq, h, first, n, q, head, scores, to = args[:9]
+        k, seq, h, first, n, q, head, scale, scores, to = args[:10]
         base, _, (_, _, row_bytes, _) = into_array(context, b, signature.args[0], k, seq, h, first)
         queries, _, (_, q_bytes, _) = into_array(context, b, signature.args[5], q, seq, head)
-        target, _, (score_bytes, _) = into_array(context, b, signature.args[7], scores, to)
+        target, _, (score_bytes, _) = into_array(context, b, signature.args[8], scores, to)
+        factor = splat(b, scale)
         held = [
-            [load(b, at(b, at(b, queries, b.mul(I64(g), q_bytes)), 64 * i), vector(F32)) for i in range(n_vectors)]
+            [
+                b.fmul(load(b, at(b, at(b, queries, b.mul(I64(g), q_bytes)), 64 * i), vector(F32)), factor)
+                for i in range(n_vectors)
+            ]
             for g in range(n_heads)
         ]
         last = b.sub(n, I64(1))
         with cgutils.for_range(b, b.udiv(b.add(n, I64(LANES - 1)), I64(LANES))) as loop:
             start = b.mul(loop.index, I64(LANES))
-            products: list[list[Value]] = [[] for _ in range(n_heads)]
+            sums = [_TransposedSum(b) for _ in range(n_heads)]
             for r in range(LANES):
                 index = b.add(start, I64(r))
                 index = b.select(b.icmp_signed("<", index, last), index, last)
@@ -78,14 +96,14 @@ def score_rows(
                     total = b.fmul(key[0], held[g][0])
                     for i in range(1, n_vectors):
                         total = multiply_add(b, key[i], held[g][i], total)
-                    products[g].append(total)
+                    sums[g].add(total)
             for g in range(n_heads):
                 place = at(b, at(b, target, b.mul(I64(g), score_bytes)), b.mul(start, I64(4)))
-                store(b, _transposed_sum(b, products[g]), place)
+                store(b, sums[g].result(), place)
         return context.get_dummy_value()
 
     i = types.int64
-    return types.void(k, i, i, i, i, q, i, scores, i, vectors, heads), codegen
+    return types.void(k, i, i, i, i, q, i, types.float32, scores, i, vectors, heads), codegen
 
 
 @intrinsic
