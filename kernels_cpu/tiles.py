@@ -63,7 +63,7 @@ def score_rows(
     typingctx: Any, k: Any, b: Any, h: Any, first: Any, n: Any, q: Any, head: Any, scale: Any, scores: Any, to: Any,
     vectors: Any, heads: Any,
 ) -> Any:  # fmt: skip
-    """scores[to + g, 0 : n] = scale k[b, h, first : first + n] . q[b, head + g] for g < len(heads); 16 len(vectors) = d.
+    """scores[to + g, 0 : n] = scale k[b, h, first : first + n] . q[b, head + g], g < len(heads); 16 len(vectors) = d.
 
     n is rounded up to 16 by repeating the last row: scores [heads, columns], float32, has that many columns.
     """
