@@ -9,11 +9,14 @@ each kernel and signature, with a checksum.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import pickle
 import shutil
+import signal
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -78,6 +81,7 @@ def kernel(function: Callable[..., Any]) -> Any:
     dispatcher = numba.njit(nogil=True, **_OPTIONS)(function)
     if may_compile():
         dispatcher._cache = _Cache(function)
+        dispatcher.compile = _uninterrupted(dispatcher.compile)
     return dispatcher
 
 
@@ -87,10 +91,29 @@ def callback(signature: Any) -> Callable[[Callable[..., Any]], Any]:
     def compiled(function: Callable[..., Any]) -> Any:
         c = CFunc(function, sigutils.normalize_signature(signature), locals={}, options=_OPTIONS)
         c._cache = _Cache(function)
-        c.compile()
+        _uninterrupted(c.compile)()
         return c
 
     return compiled
+
+
+def _uninterrupted(work: Callable[..., Any]) -> Callable[..., Any]:
+    """The same work, but Ctrl-C waits for its end: LLVM's callbacks would swallow it and leave a kernel half made."""
+
+    @functools.wraps(work)
+    def wrapped(*args: Any) -> Any:
+        before, pressed = signal.getsignal(signal.SIGINT), []
+        if threading.current_thread() is not threading.main_thread() or not callable(before):
+            return work(*args)
+        signal.signal(signal.SIGINT, lambda *event: pressed.append(event))
+        try:
+            return work(*args)
+        finally:
+            signal.signal(signal.SIGINT, before)
+            if pressed:
+                before(*pressed[0])
+
+    return wrapped
 
 
 class _Cache(FunctionCache):

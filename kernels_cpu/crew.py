@@ -208,12 +208,20 @@ class Crew:
     def __init__(self, threads: int):
         self.threads = threads
         self.state, self._alone_until = np.zeros(64, np.int64), 0.0
-        self._bells = [_Bell() for _ in range(threads - 1)]
-        patience = _looks_in(AWAKE) if self._bells else 0
-        self.state[STALL // 8] = _looks_in(STALLED) if self._bells else 0
-        for number, bell in enumerate(self._bells, 1):
-            args = (self.state, bell, patience, number)
-            threading.Thread(target=_work, args=args, name="minirt", daemon=True).start()
+        self._bells: list[_Bell] = []
+        if threads > 1:
+            patience = _looks_in(AWAKE)
+            self.state[STALL // 8] = _looks_in(STALLED)
+        for number in range(1, threads):
+            bell = _Bell()
+            worker = threading.Thread(
+                target=_work, args=(self.state, bell, patience, number), name="minirt", daemon=True
+            )
+            try:
+                worker.start()
+            except RuntimeError:  # no more threads are allowed: fewer do the same
+                break
+            self._bells.append(bell)
         weakref.finalize(self, _dismiss, self._bells)
         _crews.add(self)
 
@@ -222,8 +230,9 @@ class Crew:
         if self.state[ALONE // 8]:
             now = time.perf_counter()
             self._alone_until = self._alone_until or now + SECONDS_ALONE
-            if now > self._alone_until:
-                self.state[ALONE // 8] = self._alone_until = 0
+            if now < self._alone_until:
+                return self.state
+            self.state[ALONE // 8] = self._alone_until = 0
         for bell in self._bells:
             if bell.asleep:
                 bell.asleep = False

@@ -30,7 +30,9 @@ class Arena:
 
 
 def _huge_pages(size: int) -> np.ndarray:
-    memory = mmap.mmap(-1, size + PAGE)
+    # Shared memory, which is Python's default, has no huge pages on most systems, and a forked child would write to it.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, size + PAGE, **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)

@@ -200,7 +200,7 @@ def check_room(path: str | Path, workloads: Iterable[Workload], policies: Iterab
         made = [(make_policy(name, config), get_store(kv)) for name in policies for kv in kvs]
         for w in workloads:
             for policy, store in made:
-                need = policy.plan(config, w.n_ctx, store, store).nbytes(config, w.n_sequences)
+                need = policy.plan(config, max(w.n_ctx, MIN_CONTEXT), store, store).nbytes(config, w.n_sequences)
                 if need + weights > free:
                     raise UsageError(
                         f"{w}: the KV cache needs {need / 2**30:.1f} GiB and the model "
@@ -211,10 +211,13 @@ def check_room(path: str | Path, workloads: Iterable[Workload], policies: Iterab
 # -- what is written down ----------------------------------------------------------------------------------------------
 
 
-def record(llama: Llama, result: Result, memory_bytes_per_second: float | None = None) -> dict[str, Any]:
+def record(
+    llama: Llama, result: Result, memory_bytes_per_second: float | None = None, threads: int | None = None
+) -> dict[str, Any]:
     """A result as JSON: llama-bench's fields, then ours, then the samples. Bytes, bytes per second, nanoseconds.
 
-    memory_bytes_per_second: what `read_bandwidth` found before the test.
+    memory_bytes_per_second: what `read_bandwidth` found before the test. threads: what was asked for, if a device does
+    not know.
     """
     file, ops, w = llama.file, llama.decoder.ops, result.workload
     speed, limit = result.bytes_per_second, memory_bytes_per_second
@@ -230,7 +233,7 @@ def record(llama: Llama, result: Result, memory_bytes_per_second: float | None =
         "model_n_params": _n_params(file),
         "n_batch": PREFILL_CHUNK,
         "n_ubatch": PREFILL_CHUNK,
-        "n_threads": getattr(ops, "threads", physical_cores()),
+        "n_threads": getattr(ops, "threads", threads or physical_cores()),
         "type_k": result.kv,
         "type_v": result.kv,
         "n_prompt": w.n_prompt,

@@ -27,10 +27,13 @@ def check_product(x: np.ndarray, norm: np.ndarray, *matrices: Any) -> None:
 
 def check_qkv(x: np.ndarray, layer: LayerWeights, config: ModelConfig, angles: Angles) -> None:
     check_product(x, layer.attn_norm, layer.wq, layer.wk, layer.wv)
-    d, (_, n, pairs) = config.head_dim, angles.values.shape
-    if n != len(x) or 2 * pairs > d:
+    d, (_, rows, pairs) = config.head_dim, angles.values.shape
+    if rows != len(x) or 2 * pairs > d:
         raise ValueError(f"angles {angles.values.shape} do not fit activations {x.shape}, heads of {d}")
     q, kv = config.n_head * d, config.n_head_kv * d
+    vectors = ((layer.bq, q), (layer.bk, kv), (layer.bv, kv), (layer.q_norm, d), (layer.k_norm, d))
+    if any(v is not None and v.shape != (n,) for v, n in vectors):
+        raise ValueError(f"biases or norms of heads do not fit heads of {d}")
     if layer.wq.shape[0] != q or layer.wk.shape[0] != kv or layer.wv.shape[0] != kv:
         raise ValueError(f"projections to {layer.wq.shape[0]} and {layer.wk.shape[0]} do not fit heads of {d}")
 
@@ -43,6 +46,8 @@ def check_feed_forward(x: np.ndarray, layer: LayerWeights) -> None:
 
 def check_slots(kv: KV, seq: np.ndarray, slot: np.ndarray) -> None:
     n_seq, _, n_slot, _ = kv.k.shape
+    if len(seq) != len(slot) or kv.v.shape[:3] != kv.k.shape[:3]:
+        raise ValueError(f"{len(seq)} sequences and {len(slot)} slots do not fit caches {kv.k.shape}, {kv.v.shape}")
     (least_seq, most_seq), (least, most) = _bounds(seq), _bounds(slot)
     if least_seq < 0 or most_seq >= n_seq or least < 0 or most >= n_slot:
         raise ValueError(f"cache of {n_seq} sequences x {n_slot} slots cannot take slots {least}..{most}")
@@ -50,7 +55,7 @@ def check_slots(kv: KV, seq: np.ndarray, slot: np.ndarray) -> None:
 
 def check_ranges(q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray) -> None:
     n_seq, n_head_kv, n_slot, head_dim = kv.k.shape
-    if q.shape[0] != n_seq or q.shape[1] % n_head_kv or q.shape[2] != head_dim:
+    if q.shape[0] != n_seq or q.shape[1] % n_head_kv or q.shape[2] != head_dim or kv.v.shape[:3] != kv.k.shape[:3]:
         raise ValueError(f"queries {q.shape} do not fit a cache {kv.k.shape}")
     if len(first) != n_seq or len(stop) != n_seq or _bounds(first)[0] < 0 or _bounds(stop)[1] > n_slot:
         raise ValueError(f"slot ranges {first}..{stop} lie outside a cache of {n_slot} slots")
@@ -58,7 +63,7 @@ def check_ranges(q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray) -> 
 
 def check_chunk(q: np.ndarray, kv: KV, seq: int, start: int, window: int) -> None:
     n_seq, n_head_kv, n_slot, head_dim = kv.k.shape
-    if q.shape[1] % n_head_kv or q.shape[2] != head_dim:
+    if q.shape[1] % n_head_kv or q.shape[2] != head_dim or kv.v.shape[:3] != kv.k.shape[:3]:
         raise ValueError(f"queries {q.shape} do not fit a cache {kv.k.shape}")
     if not 0 <= seq < n_seq or start < 0 or start + len(q) > n_slot or window < 0:
         raise ValueError(f"chunk {start}..{start + len(q)} of sequence {seq} lies outside a cache {kv.k.shape}")

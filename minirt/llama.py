@@ -201,9 +201,9 @@ class Llama:
         """As `stream`, run to its end: read .text, .tokens, .finish_reason and .timings.
 
         A list of prompts, not of token ids, gives the list of their answers; an empty list an empty one. They are
-        computed together, up to batch_size at a time, apart from the session. All else holds for each prompt: with a
-        seed, its answer is what it is alone. Raises ModelError if any is empty or too long, before time is spent, and
-        UsageError if memory cannot hold the batch.
+        computed together, up to batch_size at a time, apart from the session. All else holds for each prompt: its
+        answer is what it is alone, up to rounding, which may decide between tokens that are nearly as likely. Raises
+        ModelError if any is empty or too long, before time is spent, and UsageError if memory cannot hold the batch.
         """
         if not is_several(prompt, (int, np.integer)):
             return self.stream(prompt, max_tokens=max_tokens, sampling=sampling, stop=stop).finish()

@@ -191,3 +191,24 @@ def test_a_cpu_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None
         out = np.empty((8, 64), np.float32)
         decode(tensor.data.view(FORMATS[name].dtype), out)
         assert np.array_equal(out, dequantize(tensor))
+
+
+def test_weights_may_lie_in_huge_pages() -> None:
+    """Where the kernel offers them."""
+    from kernels_cpu.memory import Arena
+
+    kernel = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not kernel.exists() or "[never]" in kernel.read_text():
+        pytest.skip("no huge pages")
+    array = Arena().array((1 << 20,))
+    array[:] = 1
+    at, inside = array.ctypes.data, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, _, rest = line.partition(" ")
+        if "-" in first and not first.endswith(":"):
+            begin, end = (int(x, 16) for x in first.split("-"))
+            inside = begin <= at < end
+        elif inside and first == "THPeligible:":
+            assert rest.strip() == "1"
+            return
+    pytest.skip("this kernel does not say")

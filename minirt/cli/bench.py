@@ -181,4 +181,4 @@ def bench(
                             warmup=not no_warmup,
                             progress=progress,
                         )
-                    write(record(llama, result, limit))
+                    write(record(llama, result, limit, n_threads))
