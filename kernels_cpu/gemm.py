@@ -22,6 +22,7 @@ from numba.extending import intrinsic
 from .compiled import kernel
 from .ir_vectors import F32, I32, I64, LANES, Value, at, into_array, load, multiply_add, splat, store, vector
 from .isa import has
+from .pointers import add_floats, address, copy_floats
 
 RUN = 1024  # of the inner dimension: whole blocks of every format
 AHEAD = 4096  # bytes: packed activations may still be in the last cache, or out of it
@@ -151,7 +152,7 @@ def transpose_rows(
             lines.append(into_array(context, b, signature.args[0], x, row, begin)[0])
         with cgutils.for_range(b, b.sdiv(b.sub(end, begin), I64(LANES))) as loop:
             offset = b.mul(loop.index, I64(4 * LANES))
-            columns = _columns(b, [load(b, at(b, line, offset), vector(F32)) for line in lines])
+            columns = columns_of(b, [load(b, at(b, line, offset), vector(F32)) for line in lines])
             here = at(b, place, b.mul(b.mul(loop.index, I64(4 * LANES)), ld))
             for k, column in enumerate(columns):
                 store(b, column, at(b, here, b.mul(ld, I64(4 * k))))
@@ -161,7 +162,7 @@ def transpose_rows(
     return types.void(x, i, i, i, i, out, i, i, rows), codegen
 
 
-def _columns(b: ir.IRBuilder, rows: list[Value]) -> list[Value]:
+def columns_of(b: ir.IRBuilder, rows: list[Value]) -> list[Value]:
     """The 16 columns of a few vectors.
 
     Merging the first half of the rows with the second, number by number, turns the bits of a number's index by one
@@ -224,6 +225,17 @@ def pack_rows(x, begin, end, packed):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def add_tile(tile, out, row, rows, column, columns, add):  # type: ignore[no-untyped-def]
+    """out[row : row + rows, column : column + columns] = what tile [rows, WIDTH] has there, or += if add."""
+    for i in range(rows):
+        to, source = address(out) + 4 * ((row + i) * out.shape[1] + column), address(tile) + 4 * i * WIDTH
+        if add:
+            add_floats(to, source, columns)
+        else:
+            copy_floats(to, source, columns)
+
+
+@kernel
 def multiply_run(packed, n, k, weights, m, tile, out, column, width, add):  # type: ignore[no-untyped-def]
     """out[:, column : column + width] = x[:, k : k + m] @ weights, or += if add. out [n, n_out] is C-ordered.
 
@@ -243,10 +255,4 @@ def multiply_run(packed, n, k, weights, m, tile, out, column, width, add):  # ty
                 multiply_tile(packed, x_at, ROWS, weights, w_at, WIDTH, m, tile, 0, WIDTH, False, _ROWS, _VECTORS)
             else:
                 multiply_tile(packed, x_at, FEW, weights, w_at, WIDTH, m, tile, 0, WIDTH, False, _FEW, _VECTORS)
-            for i in range(min(ROWS if t < tall else FEW, n - row)):
-                if add:
-                    for j in range(columns):
-                        out[row + i, first + j] += tile[i * WIDTH + j]
-                else:
-                    for j in range(columns):
-                        out[row + i, first + j] = tile[i * WIDTH + j]
+            add_tile(tile, out, row, min(ROWS if t < tall else FEW, n - row), first, columns, add)

@@ -3,10 +3,11 @@
 A kernel that takes `crew` shares its tasks out (see `crew`); the others run on the calling thread. What a task computes
 never depends on how many threads there are, so results do not either.
 
-Weights come as rows of `matrices`, int64 [n, 9], so that one compiled kernel serves every format: FUNCTION and
+Weights come as rows of `matrices`, int64 [n, 10], so that one compiled kernel serves every format: FUNCTION and
 FUNCTION_4 (`panel_function` for one and four rows of activations; 0: not there), ADDRESS of the panels, PANEL_BYTES,
-BLOCKS in a row, PANELS, QUANTIZED (whether it takes activations in 14 bits, the `codes`), DECODE (`decode_function`)
-and LENGTH of a block.
+BLOCKS in a row, PANELS, QUANTIZED (whether it takes activations in 14 bits, the `codes`), DECODE (`decode_function`,
+or `pairs_function` if activations come as `pack_words` makes them), LENGTH of a block, and MULTIPLY (`tile_function`
+for such activations; else 0).
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from .rows import decode_row, encode_row
 from .softmax import exp, exp_row, row_maximum, silu_times_floats
 from .tiles import add_rows, score_rows
 
-FUNCTION, FUNCTION_4, ADDRESS, PANEL_BYTES, BLOCKS, PANELS, QUANTIZED, DECODE, LENGTH = range(9)
-FIELDS = 9
+FUNCTION, FUNCTION_4, ADDRESS, PANEL_BYTES, BLOCKS, PANELS, QUANTIZED, DECODE, LENGTH, MULTIPLY = range(10)
+FIELDS = 10
 
 TILE = 64  # cached rows scored before their values are added; whole vectors, because score_rows rounds up to them
 

@@ -30,6 +30,7 @@ from .activations import BLOCK, BLOCK_BYTES
 from .blocks import FORMATS
 from .crew import Crew
 from .gemm import packed_size
+from .integer_products import HAS_WORDS, groups_of, pairs_function, tile_function
 from .ir_vectors import LANES
 from .memory import Arena
 from .panels import decode_function, layout, panel_function
@@ -39,10 +40,12 @@ from .prefill_products import many_add_product, many_gated_products, many_norm_p
 if TYPE_CHECKING:
     from minirt.weights import LayerWeights
 
-FEW_ROWS = 8  # up to here weights are multiplied as they are; beyond, decoding them to float32 pays
+FEW_ROWS = 8  # up to here weights are multiplied as they are; beyond, decoding them pays
 MANY_PANELS = 4  # of a weight in a prefill task
-PARTS = 8  # of weights in a decode step, at least ...
-PART_BYTES = 1 << 20  # ... and of this size at most, so that no thread is left waiting for long
+PARTS = 8  # of weights in a decode step, at least, so that a thread that lost its core does not hold up the rest ...
+PART_BYTES = (
+    1 << 20
+)  # ... and about this large, if there are more: where each begins, memory is not yet asked for ahead
 HELD_QUERIES, HELD_SUMS = 32, 16  # vectors of a few heads at hand while cached rows pass; queries may come from memory
 TASKS = 8  # of attention in a decode step, if there are so many ...
 FEWEST_ROWS, MOST_ROWS = 128, 1024  # ... of this size: where each begins, memory is not yet asked for ahead
@@ -73,21 +76,27 @@ class PanelMatrix:
         """Of a product with it, those of the rows that fill up the last panel included."""
         return LANES * len(self.panels)
 
-    def descriptor(self, rows: int) -> list[int]:
-        """What kernels know of it (see `kernels`), to multiply so many rows of activations."""
+    @property
+    def has_blocks(self) -> bool:
+        return FORMATS[self.name].length > 1
+
+    def descriptor(self, rows: int, words: bool) -> list[int]:
+        """What kernels know of it (see `kernels`), to multiply so many rows of activations; words: in 16 bits."""
         of_four = panel_function(self.name, 4).address if 4 <= rows <= FEW_ROWS else 0
         f, many = FORMATS[self.name], rows > FEW_ROWS
-        decode = decode_function(self.name).address if many else 0
-        blocks, quantized = self.shape[1] // f.length, int(f.length > 1)
+        decode = (pairs_function if words else decode_function)(self.name).address if many else 0
+        multiply = tile_function(*groups_of(self.name)).address if words else 0
+        blocks, quantized = self.shape[1] // f.length, int(self.has_blocks)
         where = self.panels.ctypes.data, self.panels.strides[0], blocks, len(self.panels)
-        return [0 if many else panel_function(self.name, 1).address, of_four, *where, quantized, decode, f.length]
+        of_one = 0 if many else panel_function(self.name, 1).address
+        return [of_one, of_four, *where, quantized, decode, f.length, multiply]
 
 
 @dataclass(frozen=True)
 class _Work:
     """How to multiply rows of activations by some matrices, side by side."""
 
-    descriptors: np.ndarray  # int64 [matrices, 9], see `kernels`
+    descriptors: np.ndarray  # int64 [matrices, 10], see `kernels`
     step: int  # panels in a task
     begins: list[int]  # columns of out where each product begins
     normed: np.ndarray  # scratch [N, n_in]
@@ -100,7 +109,7 @@ class CpuOps:
     """The CPU.
 
     Kernels share their work out to a crew of threads. Up to FEW_ROWS rows of activations are multiplied with weights as
-    they are stored, on integers; for more, weights are decoded to float32 a few panels at a time.
+    they are stored, on integers; for more, weights are decoded a few panels at a time, to 16-bit integers or float32.
     """
 
     name = "cpu"
@@ -244,10 +253,12 @@ class CpuOps:
             return self._known[key]
         n_in, panels = matrices[0].shape[1], [len(m.panels) for m in matrices]
         total, nbytes = sum(panels), sum(m.nbytes for m in matrices)
+        shares = -(-max(PARTS, nbytes // PART_BYTES) // self.threads)  # of each thread
         begins = itertools.accumulate((LANES * p for p in panels), initial=0)
+        words = HAS_WORDS and not few and all(m.has_blocks for m in matrices)
         work = _Work(
-            descriptors=np.array([m.descriptor(n) for m in matrices], np.int64),
-            step=max(1, min(total // PARTS, PART_BYTES * total // nbytes)) if few else MANY_PANELS,
+            descriptors=np.array([m.descriptor(n, words) for m in matrices], np.int64),
+            step=-(-total // (self.threads * shares)) if few else MANY_PANELS,
             begins=list(begins)[:-1],
             normed=self._buffer("normed", (n, n_in)),
             codes=self._buffer("codes", (n if few else 0, n_in // BLOCK * BLOCK_BYTES), np.uint8),

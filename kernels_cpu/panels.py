@@ -57,7 +57,7 @@ def layout(f: Format) -> tuple[np.ndarray, np.ndarray]:
     return np.array(rows, np.int32), np.array(places, np.int32), np.array(masks, np.int32)
 
 
-def _merged(groups: Iterator[Group]) -> Iterator[Group]:
+def merged(groups: Iterator[Group]) -> Iterator[Group]:
     """Groups of one scale within a block of activations become one, so that the scale is applied once."""
     for _, run in itertools.groupby(groups, lambda g: (id(g.scale), id(g.minimum), g.start // BLOCK)):
         same = list(run)
@@ -66,7 +66,7 @@ def _merged(groups: Iterator[Group]) -> Iterator[Group]:
 
 def _dot_blocks(b: ir.IRBuilder, f: Format, panel: Value, x: list[Value], totals: list[Value]) -> None:
     """Adds the product of one block of 16 rows and each row of activations x to the totals."""
-    for group in _merged(f.decode(b, Panels(b, panel))):
+    for group in merged(f.decode(b, Panels(b, panel))):
         half = None if len(group.q) == BLOCK // 4 else group.start % BLOCK // LANES
         for row, total in zip(x, totals, strict=True):
             block = at(b, row, group.start // BLOCK * BLOCK_BYTES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -35,13 +36,22 @@ def word(typingctx: Any, where: Any, i: Any) -> Any:
 @intrinsic
 def add_floats(typingctx: Any, to: Any, source: Any, n: Any) -> Any:
     """to += source for n float32 at two addresses."""
+    return _store_floats(lambda b, old, new: b.fadd(old, new))
 
+
+@intrinsic
+def copy_floats(typingctx: Any, to: Any, source: Any, n: Any) -> Any:
+    """to = source for n float32 at two addresses."""
+    return _store_floats(lambda b, old, new: new)
+
+
+def _store_floats(join: Callable[[ir.IRBuilder, Value, Value], Value]) -> Any:
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
         to, source = (b.inttoptr(a, cgutils.voidptr_t) for a in args[:2])
 
         def turn(index: Value, lanes: int) -> None:
             x, y = (load(b, at(b, p, b.mul(index, I64(4))), vector(F32, lanes)) for p in (to, source))
-            store(b, b.fadd(x, y), at(b, to, b.mul(index, I64(4))))
+            store(b, join(b, x, y), at(b, to, b.mul(index, I64(4))))
 
         for_vectors(b, args[2], turn)
         return context.get_dummy_value()

@@ -12,7 +12,12 @@ import pytest
 from minirt import Llama
 
 CASES = {case.name: case for case in golden.cases()}
-EXACT, ROUNDED = 2e-5, 1e-3  # a decode step on weights in blocks keeps activations in 14 bits on the CPU
+# Weights in blocks meet activations in 14 bits on the CPU, in 16 in a prompt (at most 1.3e-4 here).
+EXACT, ROUNDED, WORDS = 2e-5, 1e-3, 3e-4
+
+
+def allowed(case: golden.Case, device: str, rounded: float) -> float:
+    return rounded if device == "cpu" and case.model.get("type", "F").startswith(("Q", "IQ")) else EXACT
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +31,7 @@ def test_logits_of_a_tiny_model(folder: Path, name: str, device: str) -> None:
     case = CASES[name]
     with Llama.load(golden.build(case, folder), device=device, kv="f32") as llama:
         logits = llama.logits(case.tokens)[case.positions]
-    assert np.abs(logits - case.logits).max() <= 2e-5 * np.abs(case.logits).max()
+    assert np.abs(logits - case.logits).max() <= allowed(case, device, WORDS) * np.abs(case.logits).max()
 
 
 @pytest.mark.parametrize("device", ["reference", "cpu"])
@@ -40,8 +45,7 @@ def test_steps_equal_the_prompt(folder: Path, name: str, device: str) -> None:
         decoder, cache = llama.decoder, llama.session.cache
         parts = [decoder.prefill(cache, tokens[:1], logits="all"), decoder.prefill(cache, tokens[1:14], logits="all")]
         parts += [decoder.decode(cache, [token]) for token in tokens[14:]]
-    allowed = ROUNDED if device == "cpu" and case.model.get("type", "F").startswith("Q") else EXACT
-    assert np.abs(np.concatenate(parts) - whole).max() <= allowed * np.abs(whole).max()
+    assert np.abs(np.concatenate(parts) - whole).max() <= allowed(case, device, ROUNDED) * np.abs(whole).max()
 
 
 def test_sequences_of_a_batch_do_not_mix(folder: Path) -> None:

@@ -13,6 +13,7 @@ from test_dequantize import random_tensor
 
 from kernels_cpu import CpuOps
 from kernels_cpu.activations import quantize
+from kernels_cpu.integer_products import HAS_WORDS
 from kernels_cpu.ops import FEW_ROWS
 from minirt.gguf_file import TENSOR_TYPES
 from minirt.ops import KV
@@ -44,12 +45,15 @@ def assert_close(ours: np.ndarray, truth: np.ndarray, error: float = 1e-6) -> No
 
 # -- rows --------------------------------------------------------------------------------------------------------------
 
-# A decode step keeps activations in 14 bits where weights have blocks (kernels_cpu.activations).
-ROUNDED = 3e-4
+# Where weights have blocks, activations are kept in 14 bits in a decode step (kernels_cpu.activations), and in 16 in a
+# prompt if the CPU multiplies them (kernels_cpu.integer_products).
+ROUNDED, WORDS = 3e-4, 5e-5
 
 
 def allowed(name: str, n: int) -> float:
-    return ROUNDED if n <= FEW_ROWS and TENSOR_TYPES[name].block_size > 1 else 3e-6
+    if TENSOR_TYPES[name].block_size == 1 or (n > FEW_ROWS and not HAS_WORDS):
+        return 3e-6
+    return ROUNDED if n <= FEW_ROWS else WORDS
 
 
 def config(n_head: int, n_head_kv: int, d: int) -> Any:
@@ -175,24 +179,74 @@ def test_activations_in_14_bits() -> None:
     assert np.array_equal(sums, np.stack([blocks[..., at : at + 4].view(np.int32)[..., 0] for at in (68, 72, 84)]))
 
 
+def in_16_bits(x: np.ndarray) -> np.ndarray:
+    """What the 16-bit form of activations stands for, by the definition in kernels_cpu.integer_products."""
+    blocks = x.reshape(len(x), -1, 32)
+    largest = np.abs(blocks).max(axis=2, keepdims=True)
+    scale, inverse = largest / np.float32(32767), np.float32(32767) / np.maximum(largest, np.float32(1e-33))
+    return np.where(largest > 1e-33, np.rint(blocks * inverse) * scale, 0.0).reshape(x.shape)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q5_1", "Q2_K", "Q6_K"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_activations_that_are_not_finite_show(ops: Any, bad: float) -> None:
-    x = normal(1, 256)
-    x[0, 100] = bad
-    out = np.zeros((1, 37), np.float32)
-    ops.add_linear(out, x, ops.matrix(random_tensor("Q4_0", 37, 256)))
-    assert not np.isfinite(out).any()
+def test_activations_that_are_not_finite_show(ops: Any, bad: float, name: str) -> None:
+    for n in (1, 33):
+        x, out = normal(n, 256), np.zeros((n, 37), np.float32)
+        x[n // 2, 100] = bad
+        ops.add_linear(out, x, ops.matrix(random_tensor(name, 37, 256)))
+        finite = np.isfinite(out)
+        assert not finite[n // 2].any()
+        assert finite.sum() == (n - 1) * 37
 
 
 @pytest.mark.parametrize("name", [name for name in TENSOR_TYPES if TENSOR_TYPES[name].block_size > 1])
-@pytest.mark.parametrize("n", [1, 6])
+@pytest.mark.parametrize("n", [1, 6, 33])
 def test_only_activations_are_rounded(ops: Any, name: str, n: int) -> None:
-    """With activations as their 14 bits stand for them, a product is as exact as float32 allows."""
+    """With activations as their 14 or 16 bits stand for them, a product is as exact as float32 allows."""
     tensor, x = random_tensor(name, 37, 768), normal(n, 768)
+    rounded = codes_of(x)[1] if n <= FEW_ROWS else in_16_bits(x) if HAS_WORDS else x
     ours, truth = np.zeros((n, 37), np.float32), np.zeros((n, 37), np.float32)
     ops.add_linear(ours, x, ops.matrix(tensor))
-    TRUTH.add_linear(truth, codes_of(x)[1], TRUTH.matrix(tensor))
+    TRUTH.add_linear(truth, rounded, TRUTH.matrix(tensor))
     assert_close(ours, truth, 3e-6)
+
+
+@pytest.mark.skipif(not HAS_WORDS, reason="this CPU has no instruction for it")
+@pytest.mark.parametrize("name", ["Q8_0", "Q5_K", "Q2_K", "Q3_K"])
+def test_products_in_16_bits(ops: Any, name: str) -> None:
+    """Of any number of rows, in several runs of the inner dimension, over many magnitudes."""
+    for n_in, n_out, rows in ((2304, 20, range(9, 40)), (256, 130, (9, 100)), (1024, 3, (9, 24))):
+        tensor = random_tensor(name, n_out, n_in)
+        ours, truth = ops.matrix(tensor), TRUTH.matrix(tensor)
+        for n in rows:
+            x = normal(n, n_in, seed=n) * 10.0 ** np.random.RandomState(n).uniform(-3, 3, (n, 1)).astype(np.float32)
+            x[0, 32:64], x[1, 3], x[2] = 0.0, 1e4, 1e-36
+            found, expected = np.zeros((n, n_out), np.float32), np.zeros((n, n_out), np.float32)
+            ops.add_linear(found, x, ours)
+            TRUTH.add_linear(expected, in_16_bits(x), truth)
+            for row in (0, 1, slice(2, 3), slice(3, n)):
+                assert_close(found[row], expected[row], 3e-6)
+
+
+@pytest.mark.parametrize("n", [1, 20])
+def test_matrices_of_several_types(ops: Any, n: int) -> None:
+    """One without blocks among those that share activations."""
+    c, x, results = config(4, 2, 64), normal(n, 256), []
+    for device in (ops, TRUTH):
+        w = layer(device, "Q4_0", c, 256, 512)
+        w = replace(
+            w, wk=device.matrix(random_tensor("F16", 128, 256)), wv=device.matrix(random_tensor("Q6_K", 128, 256))
+        )
+        w = replace(w, w_up=device.matrix(random_tensor("BF16", 512, 256)))
+        grown = x.copy()
+        found = device.qkv(x, w, c, angles(device, n, 64))
+        device.feed_forward(grown, w, c)
+        results.append([device.to_host(a).copy() for a in (*found, grown)])
+    for o, t in zip(*results, strict=True):
+        assert_close(o, t, 2 * allowed("Q4_0", n))
+    if n > FEW_ROWS:
+        for o, t in zip(results[0][:3], results[1][:3], strict=True):
+            assert_close(o, t, 3e-6)
 
 
 def test_extreme_activations(ops: Any) -> None:
@@ -265,7 +319,7 @@ def test_attend_chunk(
     q = normal(n, n_head, d, seed=99) * 3
     ours = ops.to_host(ops.attend_chunk(q, filled(ops, store, 2, n_head_kv, 80, d), 1, start, window))
     truth = TRUTH.attend_chunk(q, filled(TRUTH, store, 2, n_head_kv, 80, d), 1, start, window)
-    assert_close(ours, truth)
+    assert_close(ours, truth, 2e-6)
 
 
 @pytest.mark.parametrize("window", [0, 9])
