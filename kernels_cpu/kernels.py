@@ -16,7 +16,7 @@ import numpy as np
 
 from .activations import quantize
 from .compiled import kernel
-from .crew import share
+from .crew import share, share_long
 from .panels import call_panel
 from .pointers import add_floats, address, word
 from .rows import decode_row, encode_row
@@ -127,7 +127,7 @@ def gated_products(crew, x, norm, eps, matrices, step, normed, codes, up, out): 
 
 
 @kernel
-def _some_interleaved(rows, source_rows, source_bytes, masks, out, task):  # type: ignore[no-untyped-def]
+def _some_interleaved(rows, source_rows, source_bytes, masks, out, task, thread):  # type: ignore[no-untyped-def]
     n_out, blocks, _ = rows.shape
     for block in range(blocks):
         for i in range(len(source_rows)):
@@ -152,7 +152,7 @@ def interleave(crew, rows, source_rows, source_bytes, masks, out):  # type: igno
 
     Rows that fill up the last panel are 0.
     """
-    share(crew, len(out), _some_interleaved, (rows, source_rows, source_bytes, masks, out))
+    share_long(crew, len(out), _some_interleaved, (rows, source_rows, source_bytes, masks, out))
 
 
 @kernel
@@ -231,9 +231,10 @@ def _attend_part(q, k, v, first, stop, scale, parts, vectors, scored, summed, su
     n_head_kv = k.shape[1]
     group = q.shape[1] // n_head_kv
     d = q.shape[2]
-    b, h, part = task // (n_head_kv * parts), task // parts % n_head_kv, task % parts
-    n = stop[b] - first[b]
-    begin, end = first[b] + n * part // parts, first[b] + n * (part + 1) // parts
+    most = parts.max()
+    b, h, part = task // (n_head_kv * most), task // most % n_head_kv, task % most
+    n, own = stop[b] - first[b], parts[b]
+    begin, end = first[b] + n * min(part, own) // own, first[b] + n * min(part + 1, own) // own
     scores = np.empty((group, TILE), np.float32)
     for g in range(group):
         largest[task, g], total[task, g] = -np.inf, 0.0
@@ -258,31 +259,32 @@ def _attend_part(q, k, v, first, stop, scale, parts, vectors, scored, summed, su
 def attend(crew, q, k, v, first, stop, scale, parts, vectors, scored, summed, out):  # type: ignore[no-untyped-def]
     """One decode step over k, v [B, H_kv, slots, blocks]; q and out [B, H_q, d].
 
-    A cached row is read once for its whole group of query heads. Each sequence is cut into parts, each part keeps the
-    running maximum and sum of its softmax (arXiv 1805.02867), and the parts are joined at the end.
+    A cached row is read once for its whole group of query heads. Sequence b is cut into parts[b], each of which keeps
+    the running maximum and sum of its softmax (arXiv 1805.02867), and the parts are joined at the end.
     vectors, scored, summed: tuples with as many items as a head has vectors, and as heads are scored and summed up
     together (see tiles.py).
     """
     n_seq, n_head, d = q.shape
     n_head_kv = k.shape[1]
     group = n_head // n_head_kv
-    tasks = n_seq * n_head_kv * parts
+    most = parts.max()
+    tasks = n_seq * n_head_kv * most
     sums = np.empty((tasks, group, d), np.float32)
     largest, total = np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
     arguments = (q, k, v, first, stop, scale, parts, vectors, scored, summed, sums, largest, total)
     share(crew, tasks, _attend_part, arguments)
     for b in range(n_seq):
         for h in range(n_head):
-            begin, g = (b * n_head_kv + h // group) * parts, h % group
+            begin, g = (b * n_head_kv + h // group) * most, h % group
             high = np.float32(-np.inf)
-            for task in range(begin, begin + parts):
+            for task in range(begin, begin + most):
                 high = max(high, largest[task, g])
             mass = np.float32(0.0)
-            for task in range(begin, begin + parts):
+            for task in range(begin, begin + most):
                 # Of parts that saw nothing, which an empty range has only, the sums are 0.
                 largest[task, g] = exp(largest[task, g] - high) if total[task, g] > 0 else np.float32(0.0)
                 mass += largest[task, g] * total[task, g]
-            for task in range(begin, begin + parts):
+            for task in range(begin, begin + most):
                 weight = largest[task, g] / mass if mass != 0 else np.float32(0.0)
                 for j in range(d):
                     out[b, h, j] = sums[task, g, j] * weight + (out[b, h, j] if task > begin else np.float32(0.0))

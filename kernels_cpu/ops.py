@@ -43,9 +43,7 @@ if TYPE_CHECKING:
 FEW_ROWS = 8  # up to here weights are multiplied as they are; beyond, decoding them pays
 MANY_PANELS = 4  # of a weight in a prefill task
 PARTS = 8  # of weights in a decode step, at least, so that a thread that lost its core does not hold up the rest ...
-PART_BYTES = (
-    1 << 20
-)  # ... and about this large, if there are more: where each begins, memory is not yet asked for ahead
+PART_BYTES = 1 << 20  # ... and about this large if there are more: at its begin, memory is not yet asked for ahead
 HELD_QUERIES, HELD_SUMS = 32, 16  # vectors of a few heads at hand while cached rows pass; queries may come from memory
 TASKS = 8  # of attention in a decode step, if there are so many ...
 FEWEST_ROWS, MOST_ROWS = 128, 1024  # ... of this size: where each begins, memory is not yet asked for ahead
@@ -187,7 +185,8 @@ class CpuOps:
 
     def logits(self, x: np.ndarray, norm: np.ndarray, eps: float, matrix: PanelMatrix) -> np.ndarray:
         check_product(x, norm, matrix)
-        return np.array(self._norm_products(x, norm, eps, matrix).out[:, : matrix.shape[0]])
+        out = self._norm_products(x, norm, eps, matrix).out[:, : matrix.shape[0]]
+        return np.array(out) if len(x) <= FEW_ROWS else out
 
     def angles(self, rope: Rope, pos: np.ndarray) -> Angles:
         return Angles(rope.angles(pos), rope.interleaved)
@@ -205,7 +204,7 @@ class CpuOps:
     def attend(self, q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
         d, q = q.shape[2], np.ascontiguousarray(_padded(q))
         check_ranges(q, kv, first, stop)
-        parts = _parts(int((stop - first).max()), len(q) * kv.k.shape[1])
+        parts = np.array([_parts(n, kv.k.shape[1]) for n in (stop - first).tolist()])
         group, n_vectors = q.shape[1] // kv.k.shape[1], q.shape[2] // LANES
         scored, summed = (_together(group, n_vectors, most) for most in (HELD_QUERIES, HELD_SUMS))
         out = self._buffer("attended", q.shape)
@@ -254,7 +253,7 @@ class CpuOps:
         n_in, panels = matrices[0].shape[1], [len(m.panels) for m in matrices]
         total, nbytes = sum(panels), sum(m.nbytes for m in matrices)
         shares = -(-max(PARTS, nbytes // PART_BYTES) // self.threads)  # of each thread
-        begins = itertools.accumulate((LANES * p for p in panels), initial=0)
+        begins, shape = itertools.accumulate((LANES * p for p in panels), initial=0), (n, LANES * total)
         words = HAS_WORDS and not few and all(m.has_blocks for m in matrices)
         work = _Work(
             descriptors=np.array([m.descriptor(n, words) for m in matrices], np.int64),
@@ -263,7 +262,9 @@ class CpuOps:
             normed=self._buffer("normed", (n, n_in)),
             codes=self._buffer("codes", (n if few else 0, n_in // BLOCK * BLOCK_BYTES), np.uint8),
             packed=self._buffer("packed", (0 if few else packed_size(n, n_in),)),
-            out=self._buffer(f"product of {len(matrices)}", (n, LANES * total)),  # qkv, gate and up, one
+            out=self._buffer(f"product of {len(matrices)}", shape)
+            if few or len(matrices) > 1
+            else np.empty(shape, np.float32),
         )
         if few:
             self._known[key] = work
@@ -302,12 +303,6 @@ def _padded(x: np.ndarray) -> np.ndarray:
 def _columns(x: np.ndarray, n: int) -> np.ndarray:
     """The first n of the last axis; a copy if some were padding."""
     return x if x.shape[-1] == n else np.ascontiguousarray(x[..., :n])
-
-
-def _rms_norm(x: np.ndarray, norm: np.ndarray, eps: float) -> np.ndarray:
-    out = np.empty(x.shape, np.float32)
-    kernels.rms_norm(x, norm, np.float32(eps), out)
-    return out
 
 
 def _check(fits: bool, what: str, shape: tuple[int, ...], other: tuple[int, ...]) -> None:

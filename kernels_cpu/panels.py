@@ -99,7 +99,7 @@ def _dot(b: ir.IRBuilder, f: Format, panel: Value, n: Value, x: list[Value]) -> 
             _dot_blocks(b, f, block, rows, totals)
         return [b.load(total) for total in totals]
 
-    chains = max(1, 4 // len(x))  # of sums: a multiply-add takes about four cycles and two can start in each
+    chains = 2  # of sums for each row, because a multiply-add takes four cycles; the same however many rows there are
     totals = [cgutils.alloca_once_value(b, zero) for _ in range(chains * len(x))]
 
     def column(index: Value, chain: int) -> None:
