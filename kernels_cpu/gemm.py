@@ -20,7 +20,21 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .compiled import kernel
-from .ir_vectors import F32, I32, I64, LANES, Value, at, into_array, load, multiply_add, splat, store, vector
+from .ir_vectors import (
+    F32,
+    I32,
+    I64,
+    LANES,
+    Value,
+    at,
+    into_array,
+    load,
+    multiply_add,
+    prefetch_line,
+    splat,
+    store,
+    vector,
+)
 from .isa import has
 from .pointers import add_floats, address, copy_floats
 
@@ -60,8 +74,6 @@ def tile_sums(
     b: ir.IRBuilder, a: Value, lda: Value, w: Value, ldw: Value, n: Value, rows: int, vectors: int, ahead: int = 0
 ) -> list[list[Value]]:
     """The vectors sum over k < n of a[k lda + i] * w[k ldw + 16 v : k ldw + 16 v + 16] for i < rows, v < vectors."""
-    kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, I32, I32, I32])
-    prefetch = b.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
     zero = ir.Constant(vector(F32), [0.0] * LANES)
     sums = [[variable(b, zero) for _ in range(vectors)] for _ in range(rows)]
     a_now, w_now = variable(b, a), variable(b, w)
@@ -69,7 +81,7 @@ def tile_sums(
         a, w = b.load(a_now), b.load(w_now)
         columns = [load(b, at(b, w, 4 * LANES * v), vector(F32)) for v in range(vectors)]
         if ahead:
-            b.call(prefetch, [at(b, a, ahead), I32(0), I32(3), I32(1)])  # to read, to the first cache, data
+            prefetch_line(b, at(b, a, ahead))
         for i in range(rows):
             factor = splat(b, load(b, at(b, a, 4 * i), F32))
             for total, column in zip(sums[i], columns, strict=True):

@@ -45,6 +45,7 @@ from .ir_vectors import (
     load,
     multiply_add,
     part,
+    prefetch_line,
     splat,
     store,
     to_float,
@@ -218,8 +219,6 @@ def dot_words(b: ir.IRBuilder, total: Value, x: Value, y: Value) -> Value:
 def _multiply_tile(
     b: ir.IRBuilder, x: Value, w: Value, n: Value, tile: Value, rows: int, columns: int, minimum: bool
 ) -> None:
-    kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, I32, I32, I32])
-    prefetch = b.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
     vectors, line, wide = range(VECTORS), 4 * rows, 4 * WIDTH
 
     def places(tile: Value) -> list[list[Value]]:
@@ -240,7 +239,7 @@ def _multiply_tile(
         with cgutils.for_range(b, I64(columns // 2)) as pairs:
             a, q = at(b, first, b.mul(pairs.index, I64(line))), at(b, group, b.mul(pairs.index, I64(wide)))
             weights = [load(b, at(b, q, 4 * LANES * v), vector(I32)) for v in vectors]
-            b.call(prefetch, [at(b, a, AHEAD), I32(0), I32(3), I32(1)])  # to read, to the first cache, data
+            prefetch_line(b, at(b, a, AHEAD))
             for i in range(rows):
                 pair = splat(b, load(b, at(b, a, 4 * i), I32))
                 for total, weight in zip(sums[i], weights, strict=True):
@@ -311,13 +310,11 @@ def _prefetch_rows(typingctx: Any, where: Any, stride: Any, rows: Any) -> Any:
     """Asks for WIDTH numbers of each row, to write; the address and the bytes from row to row are given."""
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
-        kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, I32, I32, I32])
-        function = b.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
         first = b.inttoptr(args[0], cgutils.voidptr_t)
         with cgutils.for_range(b, args[2]) as loop:
             row = at(b, first, b.mul(loop.index, args[1]))
             for v in range(VECTORS):
-                b.call(function, [at(b, row, 4 * LANES * v), I32(1), I32(3), I32(1)])
+                prefetch_line(b, at(b, row, 4 * LANES * v), write=True)
         return context.get_dummy_value()
 
     i = types.int64

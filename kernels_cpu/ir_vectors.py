@@ -74,12 +74,16 @@ def prefetch(b: ir.IRBuilder, pointer: Value, size: int) -> None:
     A core follows a stream on its own, but not far enough ahead to use the memory fully; it has few places to wait for
     lines of the first cache, so what is far away goes to the second.
     """
+    for ahead, cache in ((NEAR, 1), (FAR, 2)):
+        for offset in range(ahead, ahead + size, 64):
+            prefetch_line(b, at(b, pointer, offset), cache)
+
+
+def prefetch_line(b: ir.IRBuilder, pointer: Value, cache: int = 1, write: bool = False) -> None:
+    """Asks for one line of memory, to the first or the second cache, to be read or written. It may lie anywhere."""
     kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, I32, I32, I32])
     function = b.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], kind)
-    for ahead, locality in ((NEAR, 3), (FAR, 2)):
-        for offset in range(ahead, ahead + size, 64):
-            p = b.bitcast(at(b, pointer, offset), cgutils.voidptr_t)
-            b.call(function, [p, I32(0), I32(locality), I32(1)])  # to read, data
+    b.call(function, [b.bitcast(pointer, cgutils.voidptr_t), I32(int(write)), I32(4 - cache), I32(1)])  # 1: data
 
 
 def for_vectors(b: ir.IRBuilder, n: Value, turn: Callable[[Value, int], None]) -> None:

@@ -49,6 +49,7 @@ TASKS = 8  # of attention in a decode step, if there are so many ...
 FEWEST_ROWS, MOST_ROWS = 128, 1024  # ... of this size: where each begins, memory is not yet asked for ahead
 
 _FORMAT_OF_STORE = {"f32": "F32", "f16": "F16"}
+_FLOAT32 = np.dtype(np.float32)
 _NOTHING = np.empty(0, np.float32)
 
 
@@ -170,6 +171,7 @@ class CpuOps:
     def feed_forward(self, x: np.ndarray, layer: LayerWeights, config: ModelConfig) -> None:
         gate, up = layer.w_gate, layer.w_up
         check_feed_forward(x, layer)
+        _check_rows(x, layer.ffn_norm)
         w, crew, eps = self._work(len(x), gate, up), self._crew.call(), np.float32(config.rms_eps)
         if len(x) <= FEW_ROWS:
             h = self._buffer("gated", (len(x), gate.columns))
@@ -227,6 +229,7 @@ class CpuOps:
 
     def _norm_products(self, x: np.ndarray, norm: np.ndarray, eps: float, *matrices: PanelMatrix) -> _Work:
         """RMSNorm(x) times each matrix, side by side in the result's `out`."""
+        _check_rows(x, norm)
         w, crew = self._work(len(x), *matrices), self._crew.call()
         if len(x) <= FEW_ROWS:
             kernels.norm_products(crew, x, norm, np.float32(eps), w.descriptors, w.step, w.normed, w.codes, w.out)
@@ -238,6 +241,7 @@ class CpuOps:
 
     def _add_product(self, x: np.ndarray, h: np.ndarray, matrix: PanelMatrix) -> None:
         """x += h times the matrix."""
+        _check_rows(x, h)
         w, crew = self._work(len(h), matrix), self._crew.call()
         if len(h) <= FEW_ROWS:
             kernels.add_product(crew, h, w.descriptors, w.step, w.codes, w.out, x)
@@ -303,6 +307,13 @@ def _padded(x: np.ndarray) -> np.ndarray:
 def _columns(x: np.ndarray, n: int) -> np.ndarray:
     """The first n of the last axis; a copy if some were padding."""
     return x if x.shape[-1] == n else np.ascontiguousarray(x[..., :n])
+
+
+def _check_rows(*arrays: np.ndarray) -> None:
+    """Kernels read these by their address."""
+    for array in arrays:
+        if array.dtype != _FLOAT32 or not array.flags.c_contiguous:
+            raise ValueError(f"an array of {array.dtype} with strides {array.strides} is not float32 in C order")
 
 
 def _check(fits: bool, what: str, shape: tuple[int, ...], other: tuple[int, ...]) -> None:

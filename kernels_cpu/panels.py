@@ -43,7 +43,7 @@ from .ir_vectors import (
 COLUMNS = 8  # of a weight without blocks, in one turn
 
 
-def layout(f: Format) -> tuple[np.ndarray, np.ndarray]:
+def layout(f: Format) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where each byte of a block of 16 rows comes from: row and byte, int32; and where its masks begin, int32."""
     rows, places, masks, begin = [], [], [], 0
     for size, unit in f.units:

@@ -393,6 +393,21 @@ def test_what_does_not_fit_is_refused(device: Any) -> None:
             call()
 
 
+@pytest.mark.parametrize("n", [2, 40])
+def test_what_a_kernel_reads_by_address_is_float32_in_order(n: int) -> None:
+    ops, c = CpuOps(threads=1), config(4, 2, 64)
+    w, m = layer(ops, "Q4_0", c, 64, 96), ops.matrix(random_tensor("Q4_0", 64, 64))
+    for x in (normal(n, 64).astype(np.float64), normal(64, n).T):
+        for call in (
+            lambda x=x: ops.qkv(x, w, c, angles(ops, n, 64)),
+            lambda x=x: ops.feed_forward(x, w, c),
+            lambda x=x: ops.logits(x, normal(64), 1e-5, m),
+            lambda x=x: ops.add_linear(x, normal(n, 64), m),
+        ):
+            with pytest.raises(ValueError, match="not float32 in C order"):
+                call()
+
+
 def test_results_do_not_depend_on_threads() -> None:
     c, x, q = config(4, 4, 64), normal(1, 256), normal(1, 6, 64)
     stop = np.array([900], np.int32)
