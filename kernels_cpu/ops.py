@@ -29,6 +29,7 @@ from . import kernels
 from .activations import BLOCK, BLOCK_BYTES
 from .blocks import FORMATS
 from .crew import Crew
+from .eviction_ops import EvictionOps
 from .gemm import packed_size
 from .integer_products import HAS_WORDS, groups_of, pairs_function, tile_function
 from .ir_vectors import LANES
@@ -36,6 +37,8 @@ from .memory import Arena
 from .panels import decode_function, layout, panel_function
 from .prefill_attention import attend_chunk, attention_scratch, block_tokens
 from .prefill_products import many_add_product, many_gated_products, many_norm_products, room_size
+from .shapes import check, check_float_rows, padded, whole_vectors, without_padding
+from .sparse_ops import SparseOps
 
 if TYPE_CHECKING:
     from minirt.weights import LayerWeights
@@ -49,7 +52,6 @@ TASKS = 8  # of attention in a decode step, if there are so many ...
 FEWEST_ROWS, MOST_ROWS = 128, 1024  # ... of this size: where each begins, memory is not yet asked for ahead
 
 _FORMAT_OF_STORE = {"f32": "F32", "f16": "F16"}
-_FLOAT32 = np.dtype(np.float32)
 _NOTHING = np.empty(0, np.float32)
 
 
@@ -104,7 +106,7 @@ class _Work:
     out: np.ndarray  # scratch: all products [N, columns]
 
 
-class CpuOps:
+class CpuOps(EvictionOps, SparseOps):
     """The CPU.
 
     Kernels share their work out to a crew of threads. Up to FEW_ROWS rows of activations are multiplied with weights as
@@ -130,7 +132,7 @@ class CpuOps:
         name, (n_out, n_in) = tensor.type.name, tensor.shape
         f = FORMATS[name]
         blocks, size = n_in // f.length, f.dtype.itemsize
-        panels = self._arena.array((_whole_vectors(n_out) // LANES, blocks, LANES * size))
+        panels = self._arena.array((whole_vectors(n_out) // LANES, blocks, LANES * size))
         rows = tensor.data.view(np.uint8).reshape(n_out, blocks, size)
         kernels.interleave(self._crew.call(), rows, *layout(f), panels)
         release(tensor)
@@ -164,19 +166,19 @@ class CpuOps:
         return q, k, v
 
     def add_linear(self, x: np.ndarray, h: np.ndarray, matrix: PanelMatrix) -> None:
-        _check(x.shape == (len(h), matrix.shape[0]), "residual", x.shape, h.shape)
-        _check(h.shape[1] == matrix.shape[1], "activations", h.shape, matrix.shape)
+        check(x.shape == (len(h), matrix.shape[0]), "residual", x.shape, h.shape)
+        check(h.shape[1] == matrix.shape[1], "activations", h.shape, matrix.shape)
         self._add_product(x, np.ascontiguousarray(h), matrix)
 
     def feed_forward(self, x: np.ndarray, layer: LayerWeights, config: ModelConfig) -> None:
         gate, up = layer.w_gate, layer.w_up
         check_feed_forward(x, layer)
-        _check_rows(x, layer.ffn_norm)
+        check_float_rows(x, layer.ffn_norm)
         w, crew, eps = self._work(len(x), gate, up), self._crew.call(), np.float32(config.rms_eps)
         if len(x) <= FEW_ROWS:
             h = self._buffer("gated", (len(x), gate.columns))
             kernels.gated_products(crew, x, layer.ffn_norm, eps, w.descriptors, w.step, w.normed, w.codes, w.out, h)
-            h = _columns(h, gate.shape[0])
+            h = without_padding(h, gate.shape[0])
         else:
             h = self._buffer("gated", (len(x), gate.shape[0]))
             ups = self._buffer("ups", (self.threads, len(x) * LANES * w.step))
@@ -195,16 +197,19 @@ class CpuOps:
 
     def allocate(self, store: Store, shape: tuple[int, int, int, int]) -> np.ndarray:
         f = FORMATS[_FORMAT_OF_STORE[store.name]]
-        return np.zeros((*shape[:3], _whole_vectors(shape[3]) // f.length), f.dtype)
+        return np.zeros((*shape[:3], whole_vectors(shape[3]) // f.length), f.dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        return np.zeros(shape, dtype)
 
     def append(self, kv: KV, seq: np.ndarray, slot: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         check_slots(kv, seq, slot)
-        _check(k.shape == v.shape == (len(seq), kv.k.shape[1], k.shape[2]), "keys and values", k.shape, v.shape)
-        _check(kv.k.shape[3] == _whole_vectors(k.shape[2]), "keys and values", k.shape, kv.k.shape)
+        check(k.shape == v.shape == (len(seq), kv.k.shape[1], k.shape[2]), "keys and values", k.shape, v.shape)
+        check(kv.k.shape[3] == whole_vectors(k.shape[2]), "keys and values", k.shape, kv.k.shape)
         kernels.append(kv.k, kv.v, seq, slot, np.ascontiguousarray(k), np.ascontiguousarray(v))
 
     def attend(self, q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
-        d, q = q.shape[2], np.ascontiguousarray(_padded(q))
+        d, q = q.shape[2], np.ascontiguousarray(padded(q))
         check_ranges(q, kv, first, stop)
         parts = np.array([_parts(n, kv.k.shape[1]) for n in (stop - first).tolist()])
         group, n_vectors = q.shape[1] // kv.k.shape[1], q.shape[2] // LANES
@@ -214,22 +219,32 @@ class CpuOps:
             self._crew.call(), q, kv.k, kv.v, first, stop, np.float32(1.0 / math.sqrt(d)), parts,
             (0,) * n_vectors, (0,) * scored, (0,) * summed, out,
         )  # fmt: skip
-        return _columns(out, d)
+        return without_padding(out, d)
 
-    def attend_chunk(self, q: np.ndarray, kv: KV, seq: int, start: int, window: int) -> np.ndarray:
-        d, q = q.shape[2], np.ascontiguousarray(_padded(q))
-        check_chunk(q, kv, seq, start, window)
+    def attend_chunk(
+        self,
+        q: np.ndarray,
+        kv: KV,
+        seq: int,
+        start: int,
+        window: int = 0,
+        stop: int | None = None,
+        lse: np.ndarray | None = None,
+    ) -> np.ndarray:
+        d, q = q.shape[2], np.ascontiguousarray(padded(q))
+        stop = start + len(q) if stop is None else stop
+        check_chunk(q, kv, seq, start, window, stop, lse)
         out = self._buffer("chunk", q.shape)
         group = q.shape[1] // kv.k.shape[1]
         block = block_tokens(group)
         scratch = self._buffer("attention", (self.threads, attention_scratch(block, group, q.shape[2])))
         crew, scale = self._crew.call(), 1.0 / math.sqrt(d)
         attend_chunk(crew, q, kv.k[seq], kv.v[seq], start, window, scale, block, scratch, out)
-        return _columns(out, d)
+        return without_padding(out, d)
 
     def _norm_products(self, x: np.ndarray, norm: np.ndarray, eps: float, *matrices: PanelMatrix) -> _Work:
         """RMSNorm(x) times each matrix, side by side in the result's `out`."""
-        _check_rows(x, norm)
+        check_float_rows(x, norm)
         w, crew = self._work(len(x), *matrices), self._crew.call()
         if len(x) <= FEW_ROWS:
             kernels.norm_products(crew, x, norm, np.float32(eps), w.descriptors, w.step, w.normed, w.codes, w.out)
@@ -241,7 +256,7 @@ class CpuOps:
 
     def _add_product(self, x: np.ndarray, h: np.ndarray, matrix: PanelMatrix) -> None:
         """x += h times the matrix."""
-        _check_rows(x, h)
+        check_float_rows(x, h)
         w, crew = self._work(len(h), matrix), self._crew.call()
         if len(h) <= FEW_ROWS:
             kernels.add_product(crew, h, w.descriptors, w.step, w.codes, w.out, x)
@@ -291,31 +306,3 @@ def _together(group: int, n_vectors: int, most: int) -> int:
 def _parts(rows: int, heads: int) -> int:
     """Into how many parts a sequence is cut; never by the number of threads, on which results must not depend."""
     return max(1, min(rows // FEWEST_ROWS, max(rows // MOST_ROWS, -(-TASKS // heads))))
-
-
-def _whole_vectors(n: int) -> int:
-    """n rounded up to whole vectors."""
-    return -(-n // LANES) * LANES
-
-
-def _padded(x: np.ndarray) -> np.ndarray:
-    """x with zeros after its last axis to whole vectors: heads of 100 components, say."""
-    missing = _whole_vectors(x.shape[-1]) - x.shape[-1]
-    return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)]) if missing else x
-
-
-def _columns(x: np.ndarray, n: int) -> np.ndarray:
-    """The first n of the last axis; a copy if some were padding."""
-    return x if x.shape[-1] == n else np.ascontiguousarray(x[..., :n])
-
-
-def _check_rows(*arrays: np.ndarray) -> None:
-    """Kernels read these by their address."""
-    for array in arrays:
-        if array.dtype != _FLOAT32 or not array.flags.c_contiguous:
-            raise ValueError(f"an array of {array.dtype} with strides {array.strides} is not float32 in C order")
-
-
-def _check(fits: bool, what: str, shape: tuple[int, ...], other: tuple[int, ...]) -> None:
-    if not fits:
-        raise ValueError(f"{what} of shape {shape} do not fit {other}")

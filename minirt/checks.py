@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import ModelConfig
-from .ops import KV
+from .ops import KV, Far
 from .rope import Angles
 
 if TYPE_CHECKING:
@@ -61,12 +61,45 @@ def check_ranges(q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray) -> 
         raise ValueError(f"slot ranges {first}..{stop} lie outside a cache of {n_slot} slots")
 
 
-def check_chunk(q: np.ndarray, kv: KV, seq: int, start: int, window: int) -> None:
+def check_far(q: np.ndarray, far: Far, first: np.ndarray) -> None:
+    if far.q.shape != q.shape or len(far.stop) != len(q) or (far.stop < 0).any() or (far.stop > first).any():
+        raise ValueError(f"far queries {far.q.shape}, slots up to {far.stop}, do not fit {q.shape} from {first} on")
+
+
+def check_chunk(q: np.ndarray, kv: KV, seq: int, start: int, window: int, stop: int, lse: np.ndarray | None) -> None:
     n_seq, n_head_kv, n_slot, head_dim = kv.k.shape
     if q.shape[1] % n_head_kv or q.shape[2] != head_dim or kv.v.shape[:3] != kv.k.shape[:3]:
         raise ValueError(f"queries {q.shape} do not fit a cache {kv.k.shape}")
-    if not 0 <= seq < n_seq or start < 0 or start + len(q) > n_slot or window < 0:
+    if not 0 <= seq < n_seq or not 0 <= stop <= n_slot or window < 0:
         raise ValueError(f"chunk {start}..{start + len(q)} of sequence {seq} lies outside a cache {kv.k.shape}")
+    if lse is not None and lse.shape != q.shape[:2]:
+        raise ValueError(f"denominators {lse.shape} do not fit queries {q.shape}")
+
+
+def check_scores(scores: np.ndarray, kv: KV, stop: np.ndarray) -> None:
+    n_seq, n_head_kv, n_slot, _ = kv.k.shape
+    if (
+        len(scores) != n_seq
+        or scores.shape[1] not in (1, n_head_kv)
+        or not _bounds(stop)[1] <= scores.shape[2] <= n_slot
+    ):
+        raise ValueError(f"scores {scores.shape} of {_bounds(stop)[1]} slots do not fit a cache {kv.k.shape}")
+
+
+def check_rows(ranks: np.ndarray, stop: np.ndarray, k: int, head: int, tail: int) -> None:
+    if len(stop) != len(ranks) or _bounds(stop)[0] < 0 or _bounds(stop)[1] > ranks.shape[2]:
+        raise ValueError(f"slots up to {stop} lie outside ranks {ranks.shape}")
+    if k < 1 or head < 0 or tail < 0 or head + tail > k:
+        raise ValueError(f"the first {head} and the last {tail} do not fit into the {k} best")
+
+
+def check_index(index: np.ndarray, seq: np.ndarray, slot: np.ndarray, k: np.ndarray) -> None:
+    n_seq, n_head_kv, blocks, d, tokens = index.shape
+    if k.shape != (len(seq), n_head_kv, d) or len(slot) != len(seq):
+        raise ValueError(f"keys {k.shape} do not fit an index {index.shape}")
+    (least_seq, most_seq), (least, most) = _bounds(seq), _bounds(slot)
+    if least_seq < 0 or most_seq >= n_seq or least < 0 or most >= blocks * tokens:
+        raise ValueError(f"index {index.shape} cannot take slots {least}..{most} of sequences {least_seq}..{most_seq}")
 
 
 def _bounds(indices: np.ndarray) -> tuple[int, int]:

@@ -7,11 +7,13 @@ the device (NumPy arrays on the CPU); index arrays are host NumPy int32. Symbols
 Two rules let a device be fast:
   - an array returned by an op may be the device's own scratch: it is valid until the same op is called again;
   - a call is asynchronous until `to_host`.
+An index that a device computes (which slot is overwritten, which rows are read) is the device's array and stays there.
 Every op validates shapes and indices before a kernel sees them and raises ValueError: a kernel trusts its caller.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -28,12 +30,32 @@ Array = Any  # the device's array: numpy.ndarray, cupy.ndarray
 Matrix = Any  # the device's weight [n_out, n_in], in its own layout, with .shape and .nbytes, the bytes of reading it
 IntArray = np.ndarray  # host, int32
 
+NO_POSITION = 2**31 - 1  # of an empty slot: later than any token
+INDEX_BLOCK = 512  # tokens of a component that lie together in SparQ's index
+
 
 class KV(NamedTuple):
     """Keys and values of one layer: device arrays [B, H_kv, slots, d] in the layout of their stores."""
 
     k: Array
     v: Array
+
+
+class Far(NamedTuple):
+    """Slots that are attended with other queries than the rest, in the same softmax: attention sinks at a distance
+    that is not their true one. Slots 0 ... stop[b] - 1 of sequence b."""
+
+    q: Array  # [B, H_q, d]
+    stop: IntArray  # [B]
+
+
+class MergeRule(NamedTuple):
+    """How D2O (arXiv 2406.13035, section 3.3) merges an evicted token into the kept one most like it."""
+
+    beta: float  # of the moving threshold
+    e: float  # weight of the kept token itself
+    normalised: bool  # weights e and exp(u), divided by their sum, as in the paper; else 1 and u, divided by 1 + n
+    shared: bool  # the threshold is met by the mean u of all KV heads, as in the paper's code, not by each head's
 
 
 class Ops(Protocol):
@@ -76,15 +98,138 @@ class Ops(Protocol):
     def allocate(self, store: Store, shape: tuple[int, int, int, int]) -> Array:
         """An empty K or V of logical shape [B, H_kv, slots, d] in the store's layout; memory is touched as it fills."""
 
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        """A policy's own array; memory is touched as it fills."""
+
     def append(self, kv: KV, seq: IntArray, slot: IntArray, k: Array, v: Array) -> None:
         """Writes row i of k and v [N, H_kv, d] to slot[i] of sequence seq[i]."""
 
-    def attend(self, q: Array, kv: KV, first: IntArray, stop: IntArray) -> Array:
+    def attend(self, q: Array, kv: KV, first: IntArray, stop: IntArray, far: Far | None = None) -> Array:
         """One decode step: row b of q [B, H_q, d] attends slots first[b] <= s < stop[b] of sequence b: [B, H_q, d].
 
-        softmax(q.K^T / sqrt(d)) V, float32 accumulation. An empty range gives zeros.
+        softmax(q.K^T / sqrt(d)) V, float32 accumulation. An empty range gives zeros. far: more slots, which must lie
+        before first[b].
         """
 
-    def attend_chunk(self, q: Array, kv: KV, seq: int, start: int, window: int) -> Array:
-        """Causal prefill: row t of q [T, H_q, d] stands in slot start + t of one sequence and attends the slots up to
-        its own, the last `window` of them if window > 0: [T, H_q, d]. The chunk's K and V are already appended."""
+    def attend_chunk(
+        self,
+        q: Array,
+        kv: KV,
+        seq: int,
+        start: int,
+        window: int = 0,
+        stop: int | None = None,
+        lse: Array | None = None,
+    ) -> Array:
+        """Causal prefill: row t of q [T, H_q, d] sees slots s <= start + t of one sequence, the last `window` of them
+        if window > 0, none from `stop` on (None: start + T): [T, H_q, d]. A row that sees nothing becomes zeros.
+
+        start may be negative. lse [T, H_q]: receives the logarithm of the softmax's denominator, -inf for nothing.
+        """
+
+    def join_attention(self, out: Array, lse: Array, other: Array, other_lse: Array) -> None:
+        """out [T, H_q, d] becomes the attention to the slots of both, by their denominators; in place."""
+
+    def rotate(self, x: Array, angles: Angles) -> Array:
+        """Heads x [N, H, d] turned by `angles` of N positions; new."""
+
+    def concatenate(self, parts: Sequence[Array]) -> Array:
+        """Arrays one after the other along their first axis."""
+
+    # -- scores that decide what is kept -------------------------------------------------------------------------------
+    # H is H_kv where each KV head decides for itself, 1 where a layer does.
+    def attend_weights(self, q: Array, kv: KV, stop: IntArray, weights: Array, accumulate: bool) -> Array:
+        """`attend` to slots 0 ... stop[b] - 1, and its probabilities: each slot's, averaged over the query heads of a
+        KV head (weights [B, H_kv, slots]) or of the layer ([B, 1, slots]), written to weights or added to them."""
+
+    def add_column_sums(self, q: Array, kv: KV, seq: int, start: int, lse: Array, sums: Array) -> None:
+        """sums [H_kv, start + T] += probabilities that the rows of a chunk gave each slot, averaged over the query
+        heads of a KV head: exp(q.k / sqrt(d) - lse), a second pass over what `attend_chunk` saw (window 0)."""
+
+    def overwrite(self, kv: KV, slot: Array, k: Array, v: Array, positions: Array, pos: IntArray) -> None:
+        """Writes head h of row b of k and v [B, H_kv, d] to slot[b, h] of sequence b; its position becomes pos[b].
+
+        slot int32 [B, H], positions int32 [B, H, slots]; H = 1 serves all heads.
+        """
+
+    def evict(
+        self,
+        scores: Array,
+        positions: Array,
+        stop: IntArray,
+        room: IntArray,
+        head: IntArray,
+        before: IntArray,
+        slot: Array,
+    ) -> None:
+        """Finds the slot that the next token will overwrite: slot [B, H] int32.
+
+        While stop[b] < room[b] it is stop[b], which is free. Else the lowest of scores [B, H, slots] among slots
+        head[b] <= s < stop[b] with positions below before[b]; of equal ones the first; NaN is never lowest; slot
+        head[b] if there is none. Its score becomes 0, its position NO_POSITION.
+        """
+
+    def top_k(self, ranks: Array, stop: IntArray, k: int, head: int = 0, tail: int = 0) -> Array:
+        """The k best of slots 0 ... stop[b] - 1 by ranks [B, H, slots], ascending: int32 [B, H, k].
+
+        The first `head` and the last `tail` of them are always among them, head + tail <= k. Of equal ones the first;
+        NaN comes last. If stop[b] <= k it is all of them, and what follows in the row has no meaning.
+        """
+
+    def argsort(self, values: Array) -> Array:
+        """Order of each row of int32 values [H, n], ascending: int32 [H, n]."""
+
+    def take(self, values: Array, rows: Array) -> Array:
+        """values[h, rows[h, i]] of values [H, n], rows int32 [H, m]: [H, m]."""
+
+    def copy_rows(self, source: KV, rows: Array, target: KV, start: int) -> None:
+        """Copies slots rows [H, n] of the one sequence of source to start ... of the one of target, as they are.
+
+        Caches are [1, H_kv, slots, d]; rows int32, H = 1 serves all heads.
+        """
+
+    def merge(
+        self, kv: KV, slot: Array, stop: IntArray, head: IntArray, active: IntArray, threshold: Array, rule: MergeRule
+    ) -> None:
+        """D2O, one decode step: for each sequence with active[b] and each KV head, the row in slot[b, h], about to be
+        overwritten, is merged into the one of head[b] <= s < stop[b] whose key is most like it (cosine u), if u is at
+        least threshold [B, H_kv]; then the threshold moves: beta u + (1 - beta) threshold."""
+
+    def merge_evicted(self, kv: KV, kept: Array, head: int, threshold: Array, rule: MergeRule) -> None:
+        """D2O after a prompt: every slot of kv [1, H_kv, n, d] that is not in kept [H_kv, m] (ascending) is merged into
+        the kept one most like it, if their cosine is at least the mean over all evicted, which threshold [H_kv] then
+        holds. Kept slots below `head` receive nothing."""
+
+    # -- reading few of the cached tokens ------------------------------------------------------------------------------
+    # SparQ's copy of the keys has the components apart: index [B, H_kv, blocks, d, INDEX_BLOCK], blocks of tokens.
+    def append_index(self, index: Array, seq: IntArray, slot: IntArray, k: Array) -> None:
+        """Writes row i of k [N, H_kv, d] to the index of sequence seq[i], slot[i]."""
+
+    def update_mean(self, mean: Array, seq: IntArray, count: IntArray, v: Array) -> None:
+        """mean [B, H_kv, d] of sequence seq[i] += (v[i] - mean) / count[i], row after row of v [N, H_kv, d]."""
+
+    def mean_rows(self, v: Array, seq: int, n: int, mean: Array) -> None:
+        """mean [B, H_kv, d] of one sequence becomes that of the first n rows of v [B, H_kv, slots, d]; 0 for n = 0."""
+
+    def approximate_scores(
+        self, q: Array, index: Array, stop: IntArray, r: int, sum_logits: bool
+    ) -> tuple[Array, Array]:
+        """SparQ, step 1: (scores [B, H_q, slots], ranks [B, H_kv, slots]) of slots 0 ... stop[b] - 1.
+
+        The r components of largest sum |q| over the query heads of a KV head are read; a head's logits q.k / tau, with
+        tau = sqrt(d |q_r|_1 / |q|_1), become probabilities: scores. ranks sum them over the group, or the logits if
+        sum_logits. NaN counts as -inf.
+        """
+
+    def exact_scores(self, q: Array, kv: KV, stop: IntArray) -> tuple[Array, Array]:
+        """FlexGen, step 1: the same with all components and sqrt(d): the true probabilities, and their group sums."""
+
+    def attend_rows(
+        self, q: Array, kv: KV, rows: Array, stop: IntArray, scores: Array | None, mean: Array | None
+    ) -> Array:
+        """SparQ, steps 2 and 3: attention of q [B, H_q, d] to slots rows [B, H_kv, k]: y. If stop[b] < k, the first
+        stop[b] of them count. With a mean [B, H_kv, d] of all values: alpha y + (1 - alpha) mean, where alpha is the
+        sum of the rows' scores."""
+
+    def add_rows(self, kv: KV, rows: Array, stop: IntArray, scores: Array) -> Array:
+        """FlexGen, step 2: the values of rows [B, H_kv, k] (as in `attend_rows`) times their scores: [B, H_q, d]."""

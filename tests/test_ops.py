@@ -17,7 +17,8 @@ from kernels_cpu.integer_products import HAS_WORDS
 from kernels_cpu.ops import FEW_ROWS
 from minirt.gguf_file import TENSOR_TYPES
 from minirt.ops import KV
-from minirt.reference import ReferenceOps, rotate, silu
+from minirt.reference import ReferenceOps, silu
+from minirt.reference.attention import turn as rotate
 from minirt.rope import Rope
 from minirt.stores import STORES
 from minirt.weights import LayerWeights
