@@ -15,9 +15,7 @@ from typing import Any
 import numpy as np
 
 from .answer import Answer
-from .cache import Cache
 from .errors import ModelError, UsageError
-from .ops import KV
 from .session import Progress, Session
 
 BATCH_SIZE = 8  # sequences; up to so many, the CPU multiplies a weight as it lies in memory
@@ -60,7 +58,7 @@ def complete(sessions: Iterable[Session], tasks: Iterable[tuple[Sequence[int], B
                 continue
             last, _ = row = rows.pop()
             if last is not session:
-                _move(last.cache, last.seq, i)
+                last.cache.move(last.seq, i)
                 last.seq, rows[i] = i, row
 
 
@@ -79,28 +77,11 @@ def _step(rows: Sequence[Row]) -> None:
     """Appends the last token of each answer to its sequence, and chooses the next."""
     any_session, begun = rows[0][0], time.perf_counter()
     tokens = [answer.tokens[-1] for _, answer in rows]
-    logits = any_session.decoder.decode(_first(any_session.cache, len(rows)), tokens)
+    logits = any_session.decoder.decode(any_session.cache.part(0, len(rows)), tokens)
     seconds = time.perf_counter() - begun
     for (session, answer), token, after in zip(rows, tokens, logits, strict=True):
         session.stepped(token, seconds, len(rows))
         answer.grow(session, after)
-
-
-def _first(cache: Cache, n: int) -> Cache:
-    """The first n sequences of a cache, in the same memory."""
-    layers = [KV(k[:n], v[:n]) for k, v in cache.layers]
-    side = {name: [array[:n] for array in arrays] for name, arrays in cache.side.items()}
-    return Cache(cache.plan, layers, cache.n_seen[:n], side)
-
-
-def _move(cache: Cache, source: int, target: int) -> None:
-    """Copies one sequence over another, without touching memory that the first has not filled."""
-    n = int(cache.n_seen[source])
-    for array in (array for kv in cache.layers for array in kv):
-        array[target, :, :n] = array[source, :, :n]
-    for array in (array for arrays in cache.side.values() for array in arrays):
-        array[target] = array[source]
-    cache.n_seen[target] = n
 
 
 def is_several(given: Any, single: type | tuple[type, ...]) -> bool:

@@ -23,15 +23,15 @@ from typing import Any
 import numpy as np
 
 from .bandwidth import available_memory, read_bandwidth
-from .cache import Cache, allocate_cache
+from .cache import Cache
 from .config import ModelConfig
 from .decoder import Decoder
 from .devices import physical_cores
 from .errors import UsageError
 from .gguf_file import GGUFFile
 from .llama import MIN_CONTEXT, Llama, bytes_per_token
-from .policies import make_policy
-from .session import PREFILL_CHUNK, Progress
+from .policies import parse_policy
+from .session import PREFILL_CHUNK, Progress, prompt_chunks
 from .stores import get_store
 from .version import __version__
 
@@ -140,9 +140,10 @@ def measure(
     all), never while the clock runs. Raises UsageError for an unknown policy or KV type.
     """
     w, config, store = workload, llama.config, get_store(kv)
-    decoder = Decoder(config, llama.decoder.weights, llama.decoder.ops, make_policy(policy, config))
+    decoder = Decoder(config, llama.decoder.weights, llama.decoder.ops, parse_policy(policy))
+    decoder.policy.check(config, max(w.n_ctx, MIN_CONTEXT), store, store)
     plan = decoder.policy.plan(config, max(w.n_ctx, MIN_CONTEXT), store, store)
-    cache = allocate_cache(plan, config, decoder.ops, w.n_sequences)
+    cache = decoder.new_cache(plan, w.n_sequences)
     tokens = np.random.default_rng(SEED).integers(config.n_vocab, size=(w.n_sequences, w.n_ctx))
     prompts = tokens[:, : w.n_depth + w.n_prompt].tolist()
     steps = tokens[:, w.n_depth + w.n_prompt :].T.tolist()
@@ -178,18 +179,16 @@ def _set_depth(
 ) -> None:
     """Makes every sequence hold the first `depth` tokens of its prompt, computing only what the policy cannot keep."""
     for seq, prompt in enumerate(prompts):
-        kept = decoder.policy.rewind(cache, seq, min(depth, int(cache.n_seen[seq])))
-        for start in range(kept, depth, PREFILL_CHUNK):
-            chunk = prompt[start : min(start + PREFILL_CHUNK, depth)]
-            decoder.prefill(cache, chunk, seq=seq, logits="none")
-            advance(len(chunk))
+        kept = decoder.rewind(cache, seq, min(depth, int(cache.n_seen[seq])))
+        for start, stop in prompt_chunks(decoder.policy, kept, depth):
+            decoder.prefill(cache, prompt[start:stop], seq=seq, logits="none")
+            advance(stop - start)
 
 
 def _prefill(decoder: Decoder, cache: Cache, seq: int, prompt: list[int]) -> None:
     """A whole prompt in chunks, with the logits after it."""
-    for start in range(0, len(prompt), PREFILL_CHUNK):
-        chunk = prompt[start : start + PREFILL_CHUNK]
-        decoder.prefill(cache, chunk, seq=seq, logits="last" if start + len(chunk) == len(prompt) else "none")
+    for start, stop in prompt_chunks(decoder.policy, 0, len(prompt)):
+        decoder.prefill(cache, prompt[start:stop], seq=seq, logits="last" if stop == len(prompt) else "none")
 
 
 def check_room(path: str | Path, workloads: Iterable[Workload], policies: Iterable[str], kvs: Iterable[str]) -> None:
@@ -197,7 +196,7 @@ def check_room(path: str | Path, workloads: Iterable[Workload], policies: Iterab
     free = available_memory()
     with GGUFFile.open(path) as file:
         config, weights = ModelConfig.from_gguf(file), _nbytes(file)
-        made = [(make_policy(name, config), get_store(kv)) for name in policies for kv in kvs]
+        made = [(parse_policy(name), get_store(kv)) for name in policies for kv in kvs]
         for w in workloads:
             for policy, store in made:
                 need = policy.plan(config, max(w.n_ctx, MIN_CONTEXT), store, store).nbytes(config, w.n_sequences)

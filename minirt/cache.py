@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from .config import ModelConfig
+from .ops import KV, Array, Ops
+from .rope import Angles, Rope
 from .stores import Store
 
-if TYPE_CHECKING:
-    from .ops import KV, Array, Ops
+
+@dataclass(frozen=True)
+class SideArray:
+    """An array that a policy keeps beside K and V of a layer, [B, *shape]."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    block: int = 0  # tokens that an item of shape[1] holds, if that axis follows the tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Of one sequence."""
+        return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class CachePlan:
-    """What a policy needs: slots per sequence in each layer, and the stores of K and V.
+    """What a policy needs for a sequence: slots in each layer, the stores of K and V, arrays of its own.
 
     A slot is where a row lies; a position is where its token stood in the text. They are different numbers as soon as
     something is evicted.
@@ -25,11 +39,25 @@ class CachePlan:
     slots: tuple[int, ...]  # per layer
     k_store: Store
     v_store: Store
+    n_ctx: int = 0  # tokens a sequence may have
+    head_dim: int = 0
+    window: int = 0  # of the model: a query sees its last `window` positions; 0: all
+    side: Mapping[str, tuple[SideArray, ...]] = field(default_factory=dict)  # per layer
+
+    def row_bytes(self, config: ModelConfig) -> int:
+        """Bytes of the keys and values of one slot of one layer, all heads."""
+        d = config.head_dim
+        return config.n_head_kv * (self.k_store.row_bytes(d) + self.v_store.row_bytes(d))
+
+    def room(self, ops: Ops, slots: int, k: Array) -> KV:
+        """Memory for so many rows of one sequence like k [T, H_kv, d], for as long as a prompt is read."""
+        shape = (1, k.shape[1], slots, self.head_dim)
+        return KV(ops.allocate(self.k_store, shape), ops.allocate(self.v_store, shape))
 
     def nbytes(self, config: ModelConfig, n_sequences: int = 1) -> int:
-        """Bytes of all K and V."""
-        row = self.k_store.row_bytes(config.head_dim) + self.v_store.row_bytes(config.head_dim)
-        return n_sequences * config.n_head_kv * row * sum(self.slots)
+        """Bytes of all K and V, and of the policy's arrays."""
+        own = sum(array.nbytes for arrays in self.side.values() for array in arrays)
+        return n_sequences * (self.row_bytes(config) * sum(self.slots) + own)
 
 
 @dataclass
@@ -39,15 +67,54 @@ class Cache:
     plan: CachePlan
     layers: list[KV]
     n_seen: np.ndarray  # int32 [B]: tokens seen, which is the next token's true position
-    side: dict[str, list[Array]] = field(default_factory=dict)  # a policy's own arrays, one per layer
+    side: dict[str, list[Array]]  # a policy's own arrays, one per layer, each [B, ...]
+    pinned: np.ndarray  # int32 [B]: so many tokens at the beginning are never evicted
+    torn: np.ndarray  # bool [B]: a forward pass was interrupted, so layers may not hold the same tokens
+    limits: np.ndarray  # int32 [B, n_layer]: tokens that a layer keeps, where that is found out from the prompt; else 0
+    rope: Rope | None = None  # of the model, for policies that turn queries to other positions
+    pending: dict[int, Any] = field(default_factory=dict)  # of a policy, while a prompt is read: by layer
+    _turned: tuple[bytes, Any] = (b"", None)  # the last answer of `turns`: all layers of a step ask for the same
+
+    def turns(self, ops: Ops, by: np.ndarray) -> Angles:
+        """The angles that move rows by so many positions each."""
+        if self._turned[0] != by.tobytes():
+            assert self.rope is not None
+            rotation = replace(self.rope, magnitude=1.0)  # they have it already
+            self._turned = by.tobytes(), ops.angles(rotation, by)
+        angles: Angles = self._turned[1]
+        return angles
+
+    def part(self, first: int, stop: int) -> Cache:
+        """Sequences first ... stop - 1, in the same memory."""
+        side = {name: [array[first:stop] for array in arrays] for name, arrays in self.side.items()}
+        hosts = (a[first:stop] for a in (self.n_seen, self.pinned, self.torn, self.limits))
+        n_seen, pinned, torn, limits = hosts
+        layers = [KV(k[first:stop], v[first:stop]) for k, v in self.layers]
+        return Cache(self.plan, layers, n_seen, side, pinned, torn, limits, self.rope)
+
+    def move(self, source: int, target: int) -> None:
+        """Copies one sequence over another, without touching memory that the first has not filled."""
+        n = int(self.n_seen[source])
+        for kv in self.layers:
+            for array in kv:
+                array[target, :, :n] = array[source, :, :n]
+        for name, arrays in self.side.items():
+            for array, spec in zip(arrays, self.plan.side[name], strict=True):
+                used = slice(-(-n // spec.block) if spec.block else None)
+                array[target, :, used] = array[source, :, used]
+        for host in (self.n_seen, self.pinned, self.torn, self.limits):
+            host[target] = host[source]
 
 
-def allocate_cache(plan: CachePlan, config: ModelConfig, ops: Ops, n_sequences: int = 1) -> Cache:
+def allocate_cache(
+    plan: CachePlan, config: ModelConfig, ops: Ops, n_sequences: int = 1, rope: Rope | None = None
+) -> Cache:
     """An empty cache. Memory is only touched as it fills, so a long context costs nothing until it is used."""
-    from .ops import KV
-
     layers = []
     for slots in plan.slots:
         shape = (n_sequences, config.n_head_kv, slots, config.head_dim)
         layers.append(KV(ops.allocate(plan.k_store, shape), ops.allocate(plan.v_store, shape)))
-    return Cache(plan, layers, np.zeros(n_sequences, np.int32))
+    side = {name: [ops.zeros((n_sequences, *a.shape), a.dtype) for a in arrays] for name, arrays in plan.side.items()}
+    n_seen, pinned = np.zeros(n_sequences, np.int32), np.zeros(n_sequences, np.int32)
+    limits = np.zeros((n_sequences, config.n_layer), np.int32)
+    return Cache(plan, layers, n_seen, side, pinned, np.zeros(n_sequences, bool), limits, rope)

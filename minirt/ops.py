@@ -101,6 +101,9 @@ class Ops(Protocol):
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
         """A policy's own array; memory is touched as it fills."""
 
+    def indices(self, values: IntArray) -> Array:
+        """Brings int32 numbers to the device."""
+
     def append(self, kv: KV, seq: IntArray, slot: IntArray, k: Array, v: Array) -> None:
         """Writes row i of k and v [N, H_kv, d] to slot[i] of sequence seq[i]."""
 
@@ -185,7 +188,8 @@ class Ops(Protocol):
     def copy_rows(self, source: KV, rows: Array, target: KV, start: int) -> None:
         """Copies slots rows [H, n] of the one sequence of source to start ... of the one of target, as they are.
 
-        Caches are [1, H_kv, slots, d]; rows int32, H = 1 serves all heads.
+        Caches are [1, H_kv, slots, d]; rows int32, H = 1 serves all heads. Both may be the same memory if rows ascend
+        and start is 0.
         """
 
     def merge(

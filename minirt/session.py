@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from .cache import Cache
-from .decoder import Decoder
+from .decoder import CHUNK, Decoder
 from .errors import ModelError, UsageError
+from .policies import Policy
 from .sampling import Sampler
 
-PREFILL_CHUNK = 512  # tokens: large enough for matrix products to run at full speed, small enough to show progress
+PREFILL_CHUNK = CHUNK  # tokens: small enough to show progress
 
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 
@@ -39,6 +40,7 @@ class Session:
         self.decoder, self.cache, self.n_ctx, self.seq = decoder, cache, n_ctx, seq
         self.weight_bytes = weight_bytes  # read by each decode step
         self.tokens: list[int] = []
+        self.pinned = 0  # tokens at the beginning that are never evicted, of a text that is begun anew
         self.timings = Timings()
 
     def check(self, tokens: Sequence[int]) -> None:
@@ -56,15 +58,24 @@ class Session:
         self.check(tokens)
         begun = time.perf_counter()
         kept = self._rewind(min(_common_prefix(self.tokens, tokens), len(tokens) - 1))
-        logits = None
-        for start in range(kept, len(tokens), PREFILL_CHUNK):
-            chunk = tokens[start : start + PREFILL_CHUNK]
-            last = start + len(chunk) == len(tokens)
-            logits = self.decoder.prefill(self.cache, chunk, self.seq, logits="last" if last else "none")
-            self.tokens.extend(chunk)
+        if kept == 0:
+            self.cache.pinned[self.seq] = min(self.pinned, len(tokens))
+        n, logits = len(tokens) - kept, None
+        for start, stop in prompt_chunks(self.decoder.policy, kept, len(tokens)):
+            # A prompt in one piece goes through all layers at once: progress is how many of them are done.
+            layers = None if progress is None else lambda done, total: progress(n * done // total, n)
+            whole = self.decoder.policy.whole_prompt
+            logits = self.decoder.prefill(
+                self.cache,
+                tokens[start:stop],
+                self.seq,
+                "last" if stop == len(tokens) else "none",
+                layers if whole else None,
+            )
+            self.tokens.extend(tokens[start:stop])
             if progress is not None:
-                progress(start + len(chunk) - kept, len(tokens) - kept)
-        self.timings = Timings(len(tokens) - kept, time.perf_counter() - begun)
+                progress(stop - kept, n)
+        self.timings = Timings(n, time.perf_counter() - begun)
         assert logits is not None
         return logits
 
@@ -107,9 +118,16 @@ class Session:
 
     def _rewind(self, n: int) -> int:
         """Keeps the first n tokens at most. Also heals a cache that an interrupt left ahead of `tokens`."""
-        kept = self.decoder.policy.rewind(self.cache, self.seq, n)
+        kept = self.decoder.rewind(self.cache, self.seq, n)
         del self.tokens[kept:]
         return kept
+
+
+def prompt_chunks(policy: Policy, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Where the chunks of tokens start ... stop - 1 begin and end, as the policy wants them."""
+    size = stop - start if policy.whole_prompt else PREFILL_CHUNK
+    for begin in range(start, stop, max(size, 1)):
+        yield begin, min(begin + size, stop)
 
 
 def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ import pytest
 
 import minirt.llama
 from minirt import Answer, Llama, ModelError, Sampling, UsageError
-from minirt.batch import _first, _move
-from minirt.cache import allocate_cache
+from minirt.cache import SideArray, allocate_cache
 from minirt.decoder import Decoder
 from minirt.sampling import Sampler
 
@@ -236,15 +236,21 @@ def test_a_follower_keeps_the_common_beginning(llama: Llama) -> None:
 
 
 def test_moving_a_sequence_takes_all_that_is_its_own(llama: Llama) -> None:
-    cache = allocate_cache(llama.session.cache.plan, llama.config, llama.decoder.ops, n_sequences=3)
-    cache.side["scores"] = [np.arange(6.0).reshape(3, 2)]
+    plan = llama.session.cache.plan
+    side = {"scores": (SideArray((1, 2), np.dtype(np.float64)),), "blocks": (SideArray((1, 3), np.dtype(float), 4),)}
+    cache = allocate_cache(replace(plan, side=side), llama.config, llama.decoder.ops, n_sequences=3)
+    cache.side["scores"][0][:] = np.arange(6.0).reshape(3, 1, 2)
+    cache.side["blocks"][0][:] = np.arange(9.0).reshape(3, 1, 3)
+    cache.pinned[:] = 1, 2, 3
     cache.n_seen[:] = 7, 9, 5
     for i, kv in enumerate(array for layer in cache.layers for array in layer):
         kv[:] = 100 * i + np.arange(3)[:, None, None, None]
-    _move(cache, 2, 0)
-    view = _first(cache, 1)
+    cache.move(2, 0)
+    view = cache.part(0, 1)
     assert view.n_seen.tolist() == [5]
-    assert view.side["scores"][0].tolist() == [[4.0, 5.0]]
+    assert view.side["scores"][0].tolist() == [[[4.0, 5.0]]]
+    assert view.side["blocks"][0].tolist() == [[[6.0, 7.0, 2.0]]]  # 5 tokens are in two blocks of 4
+    assert view.pinned.tolist() == [3]
     for i, kv in enumerate(array for layer in view.layers for array in layer):
         assert kv.shape[0] == 1
         assert (kv[0, :, :5] == 100 * i + 2).all()

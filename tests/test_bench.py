@@ -78,9 +78,9 @@ class Recorder(Dense):
             self.events.append(("decode", *cache.n_seen.tolist()))
         return super().attend(ops, cache, layer, q, k, v)
 
-    def rewind(self, cache: Cache, seq: int, n: int) -> int:
+    def rewind(self, ops: Any, cache: Cache, seq: int, n: int) -> int:
         assert n <= cache.n_seen[seq], "tokens that are not there cannot be kept"
-        return super().rewind(cache, seq, min(n, self.most))
+        return super().rewind(ops, cache, seq, min(n, self.most))
 
 
 class Clock:
@@ -103,7 +103,7 @@ class Clock:
 def events(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What happens in `measure`, with a Recorder; its `most` may be given by indirect parametrisation."""
     policy = Recorder(most=getattr(request, "param", Recorder.most))
-    monkeypatch.setattr("minirt.bench.make_policy", lambda name, config: policy)
+    monkeypatch.setattr("minirt.bench.parse_policy", lambda name: policy)
     monkeypatch.setattr("minirt.bench.time", Clock(policy.events))
     return policy.events
 
@@ -139,7 +139,7 @@ def test_a_policy_that_keeps_a_part_is_filled_from_there(llama: Llama, events: l
 
 
 def test_prompts_go_in_chunks(llama: Llama, events: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minirt.bench.PREFILL_CHUNK", 8)
+    monkeypatch.setattr("minirt.session.PREFILL_CHUNK", 8)
     result = measure(llama, Workload(n_prompt=10, n_depth=9), repetitions=1, warmup=False)
     fill, run = [("prefill", 0, 0, 8), ("prefill", 0, 8, 1)], [("prefill", 0, 9, 8), ("prefill", 0, 17, 2)]
     assert events == [*fill, "clock", *run, "clock"]

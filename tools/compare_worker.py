@@ -81,7 +81,7 @@ class Minirt(Engine):
         return {"tensor_bytes": tensors, "kv_bytes_allocated": kv}
 
     def rewind(self, n: int) -> None:
-        self.decoder.policy.rewind(self.cache, 0, n)
+        self.decoder.rewind(self.cache, 0, n)
 
     def read(self, tokens: Sequence[int]) -> None:
         for start, chunk in chunks(tokens, MINIRT_CHUNK):

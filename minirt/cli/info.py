@@ -92,10 +92,10 @@ def _facts(file: GGUFFile, config: ModelConfig | None, tokenizer: Tokenizer, n_c
 
 def _memory(config: ModelConfig, n_ctx: int | None) -> list[dict[str, int]]:
     """Bytes of a full KV cache, by context length and store."""
-    from ..policies import make_policy
+    from ..policies import Dense
     from ..stores import STORES
 
-    policy = make_policy("dense", config)
+    policy = Dense()
     lengths = {n for n in CONTEXTS if n < config.n_ctx_train} | {config.n_ctx_train} | ({n_ctx} if n_ctx else set())
     return [
         {"n_ctx": n} | {name: policy.plan(config, n, store, store).nbytes(config) for name, store in STORES.items()}

@@ -19,6 +19,9 @@ class AttentionOps:
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return np.zeros(shape, dtype)
 
+    def indices(self, values: np.ndarray) -> np.ndarray:
+        return values
+
     def append(self, kv: KV, seq: np.ndarray, slot: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         check_slots(kv, seq, slot)
         kv.k[seq, :, slot] = store_of(kv.k).encode(k)

@@ -59,8 +59,8 @@ class SparseOps:
     ) -> np.ndarray:
         out = np.zeros_like(q)
         for b, h, heads, chosen in _groups(q, kv, rows, stop):
-            p = softmax(scaled_logits(q[b, heads], kv.k[b, h : h + 1, chosen]))
-            y = weighted_values(p, kv.v[b, h : h + 1, chosen])
+            p = softmax(scaled_logits(q[b, heads], kv.k[b, h : h + 1][:, chosen]))
+            y = weighted_values(p, kv.v[b, h : h + 1][:, chosen])
             if scores is not None and mean is not None:
                 alpha = scores[b, heads][:, chosen].sum(axis=1)[:, None]
                 y = alpha * y + (1 - alpha) * mean[b, h]
@@ -70,7 +70,7 @@ class SparseOps:
     def add_rows(self, kv: KV, rows: np.ndarray, stop: np.ndarray, scores: np.ndarray) -> np.ndarray:
         out = np.zeros((len(scores), scores.shape[1], kv.v.shape[3]), np.float32)
         for b, h, heads, chosen in _groups(out, kv, rows, stop):
-            out[b, heads] = weighted_values(scores[b, heads][:, chosen], kv.v[b, h : h + 1, chosen])
+            out[b, heads] = weighted_values(scores[b, heads][:, chosen], kv.v[b, h : h + 1][:, chosen])
         return out
 
 

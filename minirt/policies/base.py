@@ -1,0 +1,119 @@
+"""What the policies have in common: parameters that check themselves, and the defaults of the protocol."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+from ..cache import Cache, CachePlan
+from ..config import ModelConfig
+from ..errors import UsageError
+from ..ops import Ops
+from ..stores import Store
+from .budget import Budget
+
+Own = TypeVar("Own", bound="BasePolicy")
+Bounded = TypeVar("Bounded", bound="BoundedPolicy")
+DEFAULT_BUDGET = 512  # tokens, or the context if that is shorter
+
+
+def parameter(default: Any, text: str, kind: type = int, least: int | None = None, of: tuple[str, ...] = ()) -> Any:
+    """A field of a policy that is a flag of the command line: its help, its type, what it may be."""
+    return dataclasses.field(default=default, metadata={"help": text, "kind": kind, "least": least, "of": of})
+
+
+def parameters(policy: type[BasePolicy] | BasePolicy) -> dict[str, dataclasses.Field[Any]]:
+    """The parameters of a policy by name."""
+    return {f.name: f for f in dataclasses.fields(policy) if f.metadata}
+
+
+def flag(name: str) -> str:
+    """The name of a parameter on the command line."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(frozen=True)
+class BasePolicy:
+    name: ClassVar[str] = ""
+    whole_prompt: ClassVar[bool] = False  # a prompt must come in one call of `prefill`, not in chunks
+
+    def __post_init__(self) -> None:
+        for name, f in parameters(self).items():
+            value, kind, least, of = getattr(self, name), f.metadata["kind"], f.metadata["least"], f.metadata["of"]
+            if value is None:
+                continue
+            value = _convert(name, value, kind)
+            if least is not None and not (value >= least):
+                raise UsageError(f"{flag(name)} {value} is out of range ({least} or more)")
+            if of and value not in of:
+                raise UsageError(f"{flag(name)} {value} is not one of: {', '.join(of)}")
+            object.__setattr__(self, name, value)
+
+    def __str__(self) -> str:
+        """As `parse_policy` reads it: the parameters that are not at their default."""
+        given = [(name, getattr(self, name), f.default) for name, f in parameters(self).items()]
+        return ":".join([self.name, *(f"{name}={value}" for name, value, default in given if value != default)])
+
+    def check(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> None:
+        """Raises UsageError if the parameters do not fit the model or the context."""
+        if config.sliding_window:
+            raise UsageError(
+                f"--policy {self.name}: this model itself reads only the last {config.sliding_window} tokens; "
+                "it runs with --policy dense"
+            )
+
+    def small(self: Own) -> Own:
+        """The same method with parameters that act on a text of a few tokens: to compile its kernels."""
+        return self
+
+    def prefilled(self, ops: Ops, cache: Cache, seq: int) -> None:
+        """After `prefill` of all layers."""
+
+    def rewind(self, ops: Ops, cache: Cache, seq: int, n: int) -> int:
+        """Nothing is lost by default: the first n tokens are in the first n slots."""
+        cache.n_seen[seq] = n
+        cache.torn[seq] = False
+        return n
+
+    def held(self, config: ModelConfig, cache: Cache, seq: int) -> int:
+        """Tokens whose keys and values the layers hold, on average."""
+        return int(cache.n_seen[seq])
+
+
+@dataclass(frozen=True)
+class BoundedPolicy(BasePolicy):
+    """One that keeps so many tokens and forgets the others."""
+
+    budget: Budget | str | int | None = parameter(  # noqa: RUF009
+        None, "Tokens a layer keeps: a number, a fraction of the context (1/8), or bytes of cache (64MiB).", Budget
+    )
+
+    def check(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> None:
+        super().check(config, n_ctx, k_store, v_store)
+        if isinstance(self.budget, Budget):
+            self.budget.check(config, n_ctx, CachePlan((), k_store, v_store))
+
+    def kept(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> int:
+        """Tokens that a layer keeps."""
+        if not isinstance(self.budget, Budget):
+            return min(DEFAULT_BUDGET, n_ctx)
+        return max(1, min(n_ctx, self.budget.tokens(config, n_ctx, CachePlan((), k_store, v_store))))
+
+    def small(self: Bounded) -> Bounded:
+        return dataclasses.replace(self, budget=8)
+
+
+def _convert(name: str, value: Any, kind: type) -> Any:
+    """A value, or the text of one, as its type."""
+    if kind is Budget:
+        return value if isinstance(value, Budget) else Budget.parse(value)
+    if kind is str:
+        return str(value)
+    try:
+        text = str(value)
+        if isinstance(value, bool) or not text.isascii() or "_" in text:
+            raise ValueError
+        return kind(text)
+    except ValueError:
+        raise UsageError(f"{flag(name)} {value} is not {'a whole number' if kind is int else 'a number'}") from None

@@ -1,0 +1,124 @@
+"""SparQ Attention (arXiv 2312.04985): every token kept, few read.
+
+A decode step (algorithm 1), for a KV head and its query heads:
+ 1. the r components where |q| summed over the heads is largest; logits with these alone, divided by
+    tau = sqrt(d |q_r|_1 / |q|_1), in float32; their softmax s estimates what each token will weigh (equation 7);
+ 2. exact attention to the k tokens of largest s, the last `local` among them;
+ 3. y = alpha y + (1 - alpha) v_bar: alpha is what these k tokens weigh in s, v_bar the mean of all values (equation 8).
+The prompt is attended densely, and so are texts of up to k tokens: nothing could be saved.
+
+K lies twice in memory: as rows for step 2, and component by component (the `index`) for step 1; that is 1.5 times the
+dense cache. v_bar is a running mean in float32 of the values as they were given, not as they were stored.
+
+Where the paper leaves a choice:
+  - Heads that share keys: the paper's text and its algorithm sum the probabilities s over the group (sum-prob), its
+    published code the logits (sum-logit). The first maximises the estimated weight of what is read.
+  - Step 3 is on for models with as many KV heads as query heads and off for grouped ones, as in the paper's results;
+    --reallocate says otherwise.
+  - local is k / 4 inside the k, as in the paper's experiments; its algorithm has none (--local 0).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ..cache import Cache, CachePlan, SideArray
+from ..config import ModelConfig
+from ..errors import UsageError
+from ..ops import INDEX_BLOCK, Array, Ops
+from ..stores import Store
+from .base import BasePolicy, parameter
+
+_FLOAT32 = np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class SparQ(BasePolicy):
+    name: ClassVar[str] = "sparq"
+    r: int = parameter(32, "Components of a query that choose what is read.", least=1)
+    k: int = parameter(128, "Tokens that are read.", least=1)
+    local: int | None = parameter(None, "... of which the newest are always read.  [default: k / 4]", least=0)
+    reallocate: str = parameter(
+        "auto", "Give what was not read the mean value; auto: unless query heads share keys.", str,
+        of=("auto", "on", "off"),
+    )  # fmt: skip
+    gqa: str = parameter(
+        "sum-prob", "How query heads that share keys choose together.", str, of=("sum-prob", "sum-logit")
+    )
+
+    @property
+    def newest(self) -> int:
+        return self.k // 4 if self.local is None else self.local
+
+    def reallocates(self, config: ModelConfig) -> bool:
+        return self.reallocate == "on" or (self.reallocate == "auto" and config.n_head == config.n_head_kv)
+
+    def check(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> None:
+        super().check(config, n_ctx, k_store, v_store)
+        if self.r > config.head_dim:
+            raise UsageError(f"--r {self.r} is out of range (1 to {config.head_dim}, the size of a head)")
+        check_k(self.k, n_ctx)
+        if self.newest > self.k:
+            raise UsageError(f"--local {self.local} is out of range (0 to {self.k}, the tokens that are read)")
+
+    def small(self) -> SparQ:
+        return dataclasses.replace(self, k=4, local=1)
+
+    def plan(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> CachePlan:
+        heads, d, blocks = config.n_head_kv, config.head_dim, -(-n_ctx // INDEX_BLOCK)
+        side = {"index": SideArray((heads, blocks, d, INDEX_BLOCK), k_store.dtype, INDEX_BLOCK)}
+        if self.reallocates(config):
+            side["mean"] = SideArray((heads, d), _FLOAT32)
+        layers = config.n_layer
+        arrays = {name: (array,) * layers for name, array in side.items()}
+        return CachePlan((n_ctx,) * layers, k_store, v_store, n_ctx, d, side=arrays)
+
+    def prefill(self, ops: Ops, cache: Cache, layer: int, seq: int, q: Array, k: Array, v: Array) -> Array:
+        start, n = int(cache.n_seen[seq]), len(k)
+        slots = np.arange(start, start + n, dtype=np.int32)
+        self._append(ops, cache, layer, np.full(n, seq, np.int32), slots, k, v)
+        return ops.attend_chunk(q, cache.layers[layer], seq, start)
+
+    def attend(self, ops: Ops, cache: Cache, layer: int, q: Array, k: Array, v: Array) -> Array:
+        kv, stop = cache.layers[layer], cache.n_seen + np.int32(1)
+        self._append(ops, cache, layer, np.arange(len(k), dtype=np.int32), cache.n_seen, k, v)
+        if stop.max() <= self.k:
+            return ops.attend(q, kv, np.zeros_like(stop), stop)
+        scores, ranks = ops.approximate_scores(q, cache.side["index"][layer], stop, self.r, self.gqa == "sum-logit")
+        rows = ops.top_k(ranks, stop, self.k, tail=self.newest)
+        return ops.attend_rows(q, kv, rows, stop, scores, _of(cache, "mean", layer))
+
+    def _append(self, ops: Ops, cache: Cache, layer: int, seq: Any, slot: Any, k: Array, v: Array) -> None:
+        ops.append(cache.layers[layer], seq, slot, k, v)
+        ops.append_index(cache.side["index"][layer], seq, slot, k)
+        mean = _of(cache, "mean", layer)
+        if mean is not None:
+            ops.update_mean(mean, seq, slot + np.int32(1), v)
+
+    def rewind(self, ops: Ops, cache: Cache, seq: int, n: int) -> int:
+        if (n != cache.n_seen[seq] or cache.torn[seq]) and "mean" in cache.side:
+            for kv, mean in zip(cache.layers, cache.side["mean"], strict=True):
+                ops.mean_rows(kv.v, seq, n, mean)
+        return super().rewind(ops, cache, seq, n)
+
+    def bytes_read(self, config: ModelConfig, plan: CachePlan, n: int) -> int:
+        """S r of the index, 2 k d of rows, d of v_bar (section 4.2, appendix F; what a step writes is not counted)."""
+        d, row = config.head_dim, plan.row_bytes(config)
+        if n <= self.k:
+            return config.n_layer * row * n
+        index = config.n_head_kv * n * self.r * plan.side["index"][0].dtype.itemsize
+        mean = 4 * config.n_head_kv * d if "mean" in plan.side else 0
+        return config.n_layer * (index + row * self.k + mean)
+
+
+def check_k(k: int, n_ctx: int) -> None:
+    if k > n_ctx:
+        raise UsageError(f"--k {k} is out of range (1 to {n_ctx}, the context)")
+
+
+def _of(cache: Cache, name: str, layer: int) -> Array | None:
+    return cache.side[name][layer] if name in cache.side else None
