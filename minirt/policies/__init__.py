@@ -9,7 +9,7 @@ A method added later is one page here, one line in POLICIES, and a row of tests/
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from ..cache import Cache, CachePlan
@@ -88,8 +88,8 @@ def make_policy(name: str, values: Mapping[str, Any] | None = None) -> Policy:
     return POLICIES[name](**values or {})  # type: ignore[return-value]
 
 
-def parse_policy(text: str | Policy) -> Policy:
-    """A policy from its text, "name" or "name:parameter=value:..."; a policy as it is."""
+def parse_policy(text: str | Policy, flags: Iterable[tuple[str, str]] = ()) -> Policy:
+    """A policy from its text, "name" or "name:parameter=value:...", and parameters given besides; a policy as it is."""
     if not isinstance(text, str):
         return text
     name, *rest = text.split(":")
@@ -101,4 +101,8 @@ def parse_policy(text: str | Policy) -> Policy:
         if parameter.replace("-", "_") in values:
             raise UsageError(f"--policy {text}: {parameter} is given twice")
         values[parameter.replace("-", "_")] = value
+    for parameter, value in flags:
+        if parameter in values:
+            raise UsageError(f"{flag(parameter)} is given twice")
+        values[parameter] = value
     return make_policy(name, values)

@@ -86,7 +86,10 @@ class BoundedPolicy(BasePolicy):
     """One that keeps so many tokens and forgets the others."""
 
     budget: Budget | str | int | None = parameter(  # noqa: RUF009
-        None, "Tokens a layer keeps: a number, a fraction of the context (1/8), or bytes of cache (64MiB).", Budget
+        None,
+        "Tokens a layer keeps: a number, a fraction of the context (1/8), or bytes of cache (64MiB).  "
+        f"[default: {DEFAULT_BUDGET}]",
+        Budget,
     )
 
     def check(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> None:

@@ -156,14 +156,15 @@ def _full_layers(layers: int) -> list[int]:
 
 def spread(share: np.ndarray, total: int, most: int) -> np.ndarray:
     """`total` tokens over layers in proportion to `share`, as int32: none above `most` or below FEWEST."""
+    least = min(FEWEST, total // len(share), most)
     low, high = 0.0, float(total) / share.min()
     for _ in range(60):  # the factor at which what is cut off at the ends makes up for itself
         middle = (low + high) / 2
-        if np.clip(middle * share, min(FEWEST, most), most).sum() < total:
+        if np.clip(middle * share, least, most).sum() < total:
             low = middle
         else:
             high = middle
-    exact = np.clip(high * share, min(FEWEST, most), most)
+    exact = np.clip(high * share, least, most)
     limits = np.floor(exact).astype(np.int32)
     missing = min(total, most * len(share)) - int(limits.sum())
     for i in np.argsort(limits - exact, kind="stable")[: max(missing, 0)]:

@@ -21,7 +21,7 @@ import numpy as np
 from ..cache import Cache, CachePlan, SideArray
 from ..config import ModelConfig
 from ..errors import ModelError
-from ..ops import KV, Array, Ops
+from ..ops import KV, NO_POSITION, Array, Ops
 from ..stores import Store
 from .base import BoundedPolicy, parameter
 from .budget import FEWEST
@@ -41,14 +41,14 @@ class Room(NamedTuple):
 
 @dataclass(frozen=True)
 class Evicting(BoundedPolicy):
-    prompt: str = parameter(
+    compress: str = parameter(
         "oneshot", "How a prompt beyond the budget is cut: oneshot, chunked, or stepwise.", str,
         of=("oneshot", "chunked", "stepwise"),
     )  # fmt: skip
 
     @property
     def whole_prompt(self) -> bool:  # type: ignore[override]
-        return self.prompt == "oneshot"
+        return self.compress == "oneshot"
 
     @property
     def shared(self) -> bool:
@@ -82,7 +82,7 @@ class Evicting(BoundedPolicy):
 
     def prefill(self, ops: Ops, cache: Cache, layer: int, seq: int, q: Array, k: Array, v: Array) -> Array:
         own = cache.part(seq, seq + 1)
-        if self.prompt == "stepwise":
+        if self.compress == "stepwise":
             return self._steps(ops, own, layer, q, k, v)
         room, start = self._room(ops, own, layer, k, v)
         lse = ops.zeros(q.shape[:2], _FLOAT32)
@@ -180,8 +180,7 @@ class Evicting(BoundedPolicy):
             ops.copy_rows(room.kv, rows, own.layers[layer], 0)
             positions[0][:, :n] = ops.take(room.positions, rows)
             scores[0][:, :n] = ops.take(room.scores, rows)
-        scores[0][:, n] = 0
-        free[0] = n
+        scores[0][:, n], positions[0][:, n], free[0] = 0, NO_POSITION, n
 
     def cut(self, ops: Ops, own: Cache, layer: int, room: Room, rows: Array, head: int) -> None:
         """Before all but `rows` [H, m] of a room are forgotten."""

@@ -4,7 +4,7 @@ After each step the token with the lowest probability in that step's attention, 
 layer, is evicted, the same for all heads; any token may be, the first and the newest included. There is no other
 parameter than the budget. `--per head` decides for each KV head by the average over its own query heads (appendix A).
 
-The paper generates with one cut after the prompt, by its last query (--prompt oneshot), and measures perplexity with
+The paper generates with one cut after the prompt, by its last query (--compress oneshot), and measures perplexity with
 the rule applied at every position (stepwise). Of equal scores the token in the first slot goes.
 """
 

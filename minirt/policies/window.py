@@ -10,7 +10,7 @@ turned to where the method wants it to be. So no key is ever moved or turned aga
   streaming, reindexed  the query at the last index of the cache, so that positions in the cache count without a gap
                      (StreamingLLM, arXiv 2309.17453, section 3.2)
   lm-infinite        the sink's key not turned at all and the query at `limit`: one distance for all sinks
-                     (LM-Infinite, arXiv 2308.16137, section 3.1)
+                     (LM-Infinite, arXiv 2308.16137, section 3.1); it is dense while nothing is beyond the window
 
 A prompt is attended by the same rule, query by query, so it does not matter in what chunks it comes. The reference code
 of StreamingLLM attends prompts densely.
@@ -130,8 +130,8 @@ class _WithSinks(Window):
     def check(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> None:
         super().check(config, n_ctx, k_store, v_store)
         kept = self.kept(config, n_ctx, k_store, v_store)
-        if self.recent is not None and self.n_sinks + self.recent > n_ctx:
-            raise UsageError(f"--recent {self.recent} is out of range (with the sinks at most {n_ctx}, the context)")
+        if self.recent is not None and self.recent > n_ctx:
+            raise UsageError(f"--recent {self.recent} is out of range (1 to {n_ctx}, the context)")
         if isinstance(self.budget, Budget) and self.recent is not None and self.n_sinks + self.recent != kept:
             raise UsageError(f"--budget {self.budget} is not the sum of --sinks and --recent; give two of the three")
         if self.n_sinks >= kept:
@@ -142,7 +142,7 @@ class _WithSinks(Window):
 
     def kept(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> int:
         if self.recent is not None and self.budget is None:
-            return min(self.n_sinks + self.recent, n_ctx)
+            return self.n_sinks + min(self.recent, n_ctx)
         return super().kept(config, n_ctx, k_store, v_store)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..checks import check_chunk, check_far, check_ranges, check_slots
+from ..checks import check_chunk, check_far, check_join, check_ranges, check_rotation, check_slots
 from ..ops import KV, Far
 from ..rope import Angles
 from ..stores import STORES, Store
@@ -72,11 +72,13 @@ class AttentionOps:
         return out
 
     def join_attention(self, out: np.ndarray, lse: np.ndarray, other: np.ndarray, other_lse: np.ndarray) -> None:
+        check_join(out, lse, other, other_lse)
         with np.errstate(invalid="ignore"):  # neither saw anything: inf - inf
             share = np.nan_to_num(np.exp(other_lse - np.logaddexp(lse, other_lse)))[..., None]
         out[:] = out * (1 - share) + other * share
 
     def rotate(self, x: np.ndarray, angles: Angles) -> np.ndarray:
+        check_rotation(x, angles)
         out = x.copy()
         turn(out, angles)
         return out

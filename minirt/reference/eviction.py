@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..checks import check_ranges, check_rows, check_scores
+from ..checks import (
+    check_columns,
+    check_copy,
+    check_eviction,
+    check_indices,
+    check_merge,
+    check_merge_evicted,
+    check_overwrite,
+    check_ranges,
+    check_rows,
+    check_scores,
+)
 from ..ops import KV, NO_POSITION, MergeRule
 from .attention import scaled_logits, softmax, store_of, weighted_values
 
@@ -25,6 +36,7 @@ class EvictionOps:
         return out
 
     def add_column_sums(self, q: np.ndarray, kv: KV, seq: int, start: int, lse: np.ndarray, sums: np.ndarray) -> None:
+        check_columns(q, kv, seq, start, lse, sums)
         for t in range(len(q)):
             n = start + t + 1
             p = np.exp(scaled_logits(q[t], kv.k[seq, :, :n]) - lse[t][:, None])
@@ -33,7 +45,8 @@ class EvictionOps:
     def overwrite(
         self, kv: KV, slot: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, pos: np.ndarray
     ) -> None:
-        check_scores(positions, kv, slot.max(axis=1) + 1)
+        check_overwrite(kv, slot, k, v, positions, pos)
+        check_indices(slot, positions.shape[2])
         for b in range(len(k)):
             for h in range(k.shape[1]):
                 s = slot[b, min(h, slot.shape[1] - 1)]
@@ -51,14 +64,16 @@ class EvictionOps:
         before: np.ndarray,
         slot: np.ndarray,
     ) -> None:
+        check_eviction(scores, positions, stop, room, head, before, slot)
+        last = np.where(stop < room, stop, np.maximum(stop - 1, head))
+        check_indices(np.append(last, np.minimum(head, 0)), scores.shape[2])
         for b, n in enumerate(stop):
             for h in range(scores.shape[1]):
                 found = int(n)
                 if n >= room[b]:
                     may_go = (np.arange(n) >= head[b]) & (positions[b, h, :n] < before[b])
                     values = np.where(may_go & ~np.isnan(scores[b, h, :n]), scores[b, h, :n], np.inf)
-                    lowest = int(values.argmin())
-                    found = lowest if values[lowest] < np.inf else int(head[b])
+                    found = int(values.argmin() if (values < np.inf).any() else head[b])
                 slot[b, h] = found
                 scores[b, h, found], positions[b, h, found] = 0, NO_POSITION
 
@@ -79,9 +94,12 @@ class EvictionOps:
         return np.argsort(values, axis=1, kind="stable").astype(np.int32)
 
     def take(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        check_indices(rows, values.shape[1])
         return np.take_along_axis(values, rows, axis=1)
 
     def copy_rows(self, source: KV, rows: np.ndarray, target: KV, start: int) -> None:
+        check_copy(source, rows, target, start)
+        check_indices(rows, source.k.shape[2])
         heads, n = np.arange(source.k.shape[1])[:, None], rows.shape[1]
         for a, b in zip(source, target, strict=True):
             b[0, :, start : start + n] = a[0, heads, rows]
@@ -96,7 +114,9 @@ class EvictionOps:
         threshold: np.ndarray,
         rule: MergeRule,
     ) -> None:
+        check_merge(kv, slot, stop, head, active, threshold)
         for b in np.flatnonzero(active).tolist():
+            check_indices(np.append(slot[b], (head[b], max(head[b], stop[b] - 1))), kv.k.shape[2])
             n_head_kv = kv.k.shape[1]
             best, where = np.full(n_head_kv, -np.inf, np.float32), np.zeros(n_head_kv, int)
             for h in range(n_head_kv):
@@ -105,16 +125,19 @@ class EvictionOps:
                 if len(receivers):
                     u = cosines(kv.k[b, h, s : s + 1], kv.k[b, h, receivers])[0]
                     best[h], where[h] = u.max(), receivers[u.argmax()]
-            best = np.full_like(best, best.mean()) if rule.shared else best
+            decisive = np.full_like(best, best.mean()) if rule.shared else best
             for h in range(n_head_kv):
-                if best[h] >= threshold[b, h]:
+                if decisive[h] >= threshold[b, h]:
                     merge_rows(kv, b, h, where[h], np.array([slot[b, h]]), best[h : h + 1], rule)
-                if np.isfinite(best[h]):
-                    threshold[b, h] = rule.beta * best[h] + (1 - rule.beta) * threshold[b, h]
+                if np.isfinite(decisive[h]):
+                    threshold[b, h] = rule.beta * decisive[h] + (1 - rule.beta) * threshold[b, h]
 
     def merge_evicted(self, kv: KV, kept: np.ndarray, head: int, threshold: np.ndarray, rule: MergeRule) -> None:
+        check_merge_evicted(kv, kept, head, threshold)
         n = kv.k.shape[2]
         evicted = np.stack([np.setdiff1d(np.arange(n), rows) for rows in kept])
+        if not evicted.size:
+            return
         u, where = np.zeros(evicted.shape, np.float32), np.zeros(evicted.shape, int)
         for h, rows in enumerate(kept):
             receivers = rows[rows >= head]

@@ -29,7 +29,7 @@ class SparseOps:
         scores, ranks = _empty(q, n_head_kv, stop)
         for b, n in enumerate(stop):
             keys = store_of(index).decode(index[b].swapaxes(2, 3).reshape(n_head_kv, -1, d)[:, :n])
-            for h, heads in enumerate(np.split(np.arange(q.shape[1]), n_head_kv)):
+            for h, heads in enumerate(_heads(q, n_head_kv)):
                 chosen = top_components(q[b, heads], r)
                 few = q[b, heads][:, chosen]
                 share = np.abs(few).sum(axis=1) / np.maximum(np.abs(q[b, heads]).sum(axis=1), 1e-30)
@@ -44,7 +44,7 @@ class SparseOps:
         scores, ranks = _empty(q, n_head_kv, stop)
         for b, n in enumerate(stop):
             logits = scaled_logits(q[b], kv.k[b, :, :n])
-            for h, heads in enumerate(np.split(np.arange(q.shape[1]), n_head_kv)):
+            for h, heads in enumerate(_heads(q, n_head_kv)):
                 _rank(logits[heads], scores[b, heads, :n], ranks[b, h, :n], False)
         return scores, ranks
 
@@ -79,6 +79,12 @@ def top_components(q: np.ndarray, r: int) -> np.ndarray:
     return np.sort(np.argsort(-np.abs(q).sum(axis=0), kind="stable")[:r])
 
 
+def _heads(q: np.ndarray, n_head_kv: int) -> list[slice]:
+    """The query heads of each KV head."""
+    group = q.shape[1] // n_head_kv
+    return [slice(h, h + group) for h in range(0, q.shape[1], group)]
+
+
 def _empty(q: np.ndarray, n_head_kv: int, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     n = int(stop.max())
     return np.zeros((len(q), q.shape[1], n), np.float32), np.zeros((len(q), n_head_kv, n), np.float32)
@@ -95,6 +101,6 @@ def _rank(logits: np.ndarray, scores: np.ndarray, ranks: np.ndarray, sum_logits:
 def _groups(q, kv, rows, stop):  # type: ignore[no-untyped-def]
     """(sequence, KV head, its query heads, the rows that count) for all that read something."""
     for b, n in enumerate(stop):
-        for h, heads in enumerate(np.split(np.arange(q.shape[1]), kv.k.shape[1])):
+        for h, heads in enumerate(_heads(q, kv.k.shape[1])):
             if n:
                 yield b, h, heads, rows[b, h, : min(int(n), rows.shape[2])]
