@@ -2,6 +2,156 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from minirt.checks import (
+    check_columns,
+    check_copy,
+    check_eviction,
+    check_indices,
+    check_join,
+    check_merge,
+    check_merge_evicted,
+    check_overwrite,
+    check_rotation,
+    check_scores,
+)
+from minirt.ops import KV, MergeRule
+from minirt.rope import Angles
+
+from . import eviction, kernels, merging
+from .column_products import add_column_sums, most_similar_rows, scratch_size
+from .crew import Crew
+from .ir_vectors import LANES
+from .probabilities import spread_weights
+from .shapes import check, check_float_rows, check_rows_in_order, padded, rows_of, whole_vectors
+
+_NO_BIAS = np.empty(0, np.float32)
+_F32, _I32 = np.dtype(np.float32), np.dtype(np.int32)
+
 
 class EvictionOps:
     """The part of CpuOps for it."""
+
+    threads: int
+    _crew: Crew
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        return np.zeros(shape, dtype)
+
+    def indices(self, values: np.ndarray) -> np.ndarray:
+        return np.asarray(values, np.int32)
+
+    def join_attention(self, out: np.ndarray, lse: np.ndarray, other: np.ndarray, other_lse: np.ndarray) -> None:
+        check_join(out, lse, other, other_lse)
+        with np.errstate(invalid="ignore"):  # neither saw anything: inf - inf
+            share = np.nan_to_num(np.exp(other_lse - np.logaddexp(lse, other_lse)))
+        out += share[..., None] * (other - out)
+
+    def rotate(self, x: np.ndarray, angles: Angles) -> np.ndarray:
+        check_rotation(x, angles)
+        n, heads, d = x.shape
+        out = np.array(x, np.float32, order="C")
+        cos, sin = angles.values
+        strides = (2, 1) if angles.interleaved else (1, cos.shape[1])
+        rows = out.reshape(n, heads * d)
+        kernels.finish_heads(rows, 0, heads, d, _NO_BIAS, _NO_BIAS, np.float32(0.0), cos, sin, *strides)
+        return out
+
+    def concatenate(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate(parts)
+
+    def attend_weights(
+        self, q: np.ndarray, kv: KV, stop: np.ndarray, weights: np.ndarray, accumulate: bool
+    ) -> np.ndarray:
+        check_scores(weights, kv, stop)
+        check_rows_in_order(weights, _F32)
+        kept = self._buffer("kept scores", (q.shape[0] * q.shape[1], weights.shape[2] + 2))
+        out = self._attend("attended with weights", q, kv, np.zeros(len(stop), np.int32), stop, None, kept)
+        spread_weights(self._crew.call(), kept, stop, weights, accumulate)
+        return out
+
+    def add_column_sums(self, q: np.ndarray, kv: KV, seq: int, start: int, lse: np.ndarray, sums: np.ndarray) -> None:
+        d, q = q.shape[2], np.ascontiguousarray(padded(q), np.float32)
+        check_columns(q, kv, seq, start, lse, sums)
+        check_float_rows(lse)
+        scratch = self._buffer("column products", (self.threads, scratch_size(q.shape[2])))
+        keys, _, between = rows_of(kv, seq)
+        add_column_sums(self._crew.call(), q, keys, between, start, lse, 1.0 / math.sqrt(d), scratch, sums)
+
+    def overwrite(
+        self, kv: KV, slot: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, pos: np.ndarray
+    ) -> None:
+        check_overwrite(kv, slot, k, v, positions, pos)
+        check(kv.k.shape[3] == whole_vectors(k.shape[2]), "keys and values", k.shape, kv.k.shape)
+        k, v = np.ascontiguousarray(k, np.float32), np.ascontiguousarray(v, np.float32)
+        if not eviction.overwrite(kv.k, kv.v, slot, k, v, positions, pos):
+            raise ValueError(f"slots {slot} lie outside a cache {kv.k.shape}")
+
+    def evict(
+        self,
+        scores: np.ndarray,
+        positions: np.ndarray,
+        stop: np.ndarray,
+        room: np.ndarray,
+        head: np.ndarray,
+        before: np.ndarray,
+        slot: np.ndarray,
+    ) -> None:
+        check_eviction(scores, positions, stop, room, head, before, slot)
+        check_rows_in_order(scores, _F32)
+        check_rows_in_order(positions, _I32)
+        if not eviction.evict(scores, positions, stop, room, head, before, slot):
+            raise ValueError(f"slots {head}..{stop}, room for {room}, lie outside scores {scores.shape}")
+
+    def argsort(self, values: np.ndarray) -> np.ndarray:
+        return np.argsort(values, axis=1, kind="stable").astype(np.int32)
+
+    def take(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        check_indices(rows, values.shape[1])
+        return np.take_along_axis(values, rows, axis=1)
+
+    def copy_rows(self, source: KV, rows: np.ndarray, target: KV, start: int) -> None:
+        check_copy(source, rows, target, start)
+        check_indices(rows, source.k.shape[2])
+        heads, end = np.arange(source.k.shape[1])[:, None], start + rows.shape[1]
+        for a, b in zip(source, target, strict=True):
+            a, b = (x.view(f"V{x.itemsize * x.shape[3]}")[0, :, :, 0] for x in (a, b))  # a row in one piece
+            b[:, start:end] = a[heads, rows]
+
+    def merge(
+        self,
+        kv: KV,
+        slot: np.ndarray,
+        stop: np.ndarray,
+        head: np.ndarray,
+        active: np.ndarray,
+        threshold: np.ndarray,
+        rule: MergeRule,
+    ) -> None:
+        check_merge(kv, slot, stop, head, active, threshold)
+        vectors = (0,) * (kv.k.shape[3] // LANES)
+        how = np.float32(rule.beta), np.float32(rule.e), rule.normalised, rule.shared
+        if not merging.merge(self._crew.call(), *kv, slot, stop, head, active, threshold, *how, vectors):
+            raise ValueError(f"slots {slot} or {head}..{stop} lie outside a cache {kv.k.shape}")
+
+    def merge_evicted(self, kv: KV, kept: np.ndarray, head: int, threshold: np.ndarray, rule: MergeRule) -> None:
+        check_merge_evicted(kv, kept, head, threshold)
+        heads, n = kv.k.shape[1:3]
+        goes = np.ones((heads, n), bool)
+        goes[np.arange(heads)[:, None], kept] = False
+        evicted = np.nonzero(goes)[1].astype(np.int32).reshape(heads, -1)
+        if not evicted.size:
+            return
+        u, where = np.empty(evicted.shape, np.float32), np.empty(evicted.shape, np.int32)
+        scratch = self._buffer("column products", (self.threads, scratch_size(kv.k.shape[3])))
+        crew, (keys, _, between) = self._crew.call(), rows_of(kv, 0)
+        most_similar_rows(crew, keys, between, kept, head, evicted, scratch, u, where)
+        decisive = np.broadcast_to(u.mean(axis=0), u.shape) if rule.shared else u
+        threshold[:] = decisive.mean(axis=1)
+        merged = decisive >= threshold[:, None]
+        weights, own = (np.exp(u), rule.e) if rule.normalised else (u, 1.0)
+        merging.merge_rows(crew, *kv, kept, evicted, weights, where, merged, np.float32(own), rule.normalised)

@@ -19,14 +19,11 @@ from .compiled import kernel
 from .crew import share, share_long
 from .panels import call_panel
 from .pointers import add_floats, address, word
-from .rows import decode_row, encode_row
-from .softmax import exp, exp_row, row_maximum, silu_times_floats
-from .tiles import add_rows, score_rows
+from .rows import decode_row
+from .softmax import silu_times_floats
 
 FUNCTION, FUNCTION_4, ADDRESS, PANEL_BYTES, BLOCKS, PANELS, QUANTIZED, DECODE, LENGTH, MULTIPLY = range(10)
 FIELDS = 10
-
-TILE = 64  # cached rows scored before their values are added; whole vectors, because score_rows rounds up to them
 
 
 # -- products of weights with a few rows of activations ----------------------------------------------------------------
@@ -179,7 +176,7 @@ def rms_norm(x, begin, end, weight, eps, out):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _finish_heads(x, begin, heads, d, bias, norm, eps, cos, sin, stride, partner):  # type: ignore[no-untyped-def]
+def finish_heads(x, begin, heads, d, bias, norm, eps, cos, sin, stride, partner):  # type: ignore[no-untyped-def]
     """Columns begin ... begin + heads * d - 1 of x [N, n]: adds the bias, norms each head, turns it."""
     for n in range(len(x)):
         for j in range(len(bias)):
@@ -209,82 +206,6 @@ def finish_qkv(  # type: ignore[no-untyped-def]
     i * stride + partner of a head turn by cos, sin [N, pairs].
     """
     none = cos[:, :0]
-    _finish_heads(x, q_begin, n_head, d, bq, q_norm, eps, cos, sin, stride, partner)
-    _finish_heads(x, k_begin, n_head_kv, d, bk, k_norm, eps, cos, sin, stride, partner)
-    _finish_heads(x, v_begin, n_head_kv, d, bv, q_norm[:0], eps, none, none, stride, partner)
-
-
-# -- attention ---------------------------------------------------------------------------------------------------------
-
-
-@kernel
-def append(k_cache, v_cache, seq, slot, k, v):  # type: ignore[no-untyped-def]
-    """Writes row i of k and v [N, H_kv, d] to slot[i] of sequence seq[i] of the caches [B, H_kv, slots, blocks]."""
-    for i in range(len(seq)):
-        for h in range(k.shape[1]):
-            encode_row(k_cache, seq[i], h, slot[i], k, i)
-            encode_row(v_cache, seq[i], h, slot[i], v, i)
-
-
-@kernel
-def _attend_part(q, k, v, first, stop, scale, parts, vectors, scored, summed, sums, largest, total, task):  # type: ignore[no-untyped-def]
-    n_head_kv = k.shape[1]
-    group = q.shape[1] // n_head_kv
-    d = q.shape[2]
-    most = parts.max()
-    b, h, part = task // (n_head_kv * most), task // most % n_head_kv, task % most
-    n, own = stop[b] - first[b], parts[b]
-    begin, end = first[b] + n * min(part, own) // own, first[b] + n * min(part + 1, own) // own
-    scores = np.empty((group, TILE), np.float32)
-    for g in range(group):
-        largest[task, g], total[task, g] = -np.inf, 0.0
-        for j in range(d):
-            sums[task, g, j] = 0.0
-    for tile in range(begin, end, TILE):
-        width = min(TILE, end - tile)
-        for g in range(0, group, len(scored)):
-            score_rows(k, b, h, tile, width, q, h * group + g, scale, scores, g, vectors, scored)
-        for g in range(group):
-            high = row_maximum(scores, g, 0, width, largest[task, g])
-            shrink = exp(largest[task, g] - high)
-            largest[task, g] = high
-            total[task, g] = total[task, g] * shrink + exp_row(scores, g, 0, width, high)
-            for j in range(d):
-                sums[task, g, j] *= shrink
-        for g in range(0, group, len(summed)):
-            add_rows(v, b, h, tile, width, scores, sums, task, g, vectors, summed)
-
-
-@kernel
-def attend(crew, q, k, v, first, stop, scale, parts, vectors, scored, summed, out):  # type: ignore[no-untyped-def]
-    """One decode step over k, v [B, H_kv, slots, blocks]; q and out [B, H_q, d].
-
-    A cached row is read once for its whole group of query heads. Sequence b is cut into parts[b], each of which keeps
-    the running maximum and sum of its softmax (arXiv 1805.02867), and the parts are joined at the end.
-    vectors, scored, summed: tuples with as many items as a head has vectors, and as heads are scored and summed up
-    together (see tiles.py).
-    """
-    n_seq, n_head, d = q.shape
-    n_head_kv = k.shape[1]
-    group = n_head // n_head_kv
-    most = parts.max()
-    tasks = n_seq * n_head_kv * most
-    sums = np.empty((tasks, group, d), np.float32)
-    largest, total = np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
-    arguments = (q, k, v, first, stop, scale, parts, vectors, scored, summed, sums, largest, total)
-    share(crew, tasks, _attend_part, arguments)
-    for b in range(n_seq):
-        for h in range(n_head):
-            begin, g = (b * n_head_kv + h // group) * most, h % group
-            high = np.float32(-np.inf)
-            for task in range(begin, begin + most):
-                high = max(high, largest[task, g])
-            mass = np.float32(0.0)
-            for task in range(begin, begin + most):
-                # Of parts that saw nothing, which an empty range has only, the sums are 0.
-                largest[task, g] = exp(largest[task, g] - high) if total[task, g] > 0 else np.float32(0.0)
-                mass += largest[task, g] * total[task, g]
-            for task in range(begin, begin + most):
-                weight = largest[task, g] / mass if mass != 0 else np.float32(0.0)
-                for j in range(d):
-                    out[b, h, j] = sums[task, g, j] * weight + (out[b, h, j] if task > begin else np.float32(0.0))
+    finish_heads(x, q_begin, n_head, d, bq, q_norm, eps, cos, sin, stride, partner)
+    finish_heads(x, k_begin, n_head_kv, d, bk, k_norm, eps, cos, sin, stride, partner)
+    finish_heads(x, v_begin, n_head_kv, d, bv, q_norm[:0], eps, none, none, stride, partner)

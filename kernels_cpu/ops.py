@@ -12,6 +12,7 @@ import numpy as np
 
 from minirt.checks import (
     check_chunk,
+    check_far,
     check_feed_forward,
     check_product,
     check_qkv,
@@ -21,11 +22,11 @@ from minirt.checks import (
 )
 from minirt.config import ModelConfig
 from minirt.gguf_file import Tensor, release
-from minirt.ops import KV
+from minirt.ops import KV, Far
 from minirt.rope import Angles, Rope
 from minirt.stores import Store
 
-from . import kernels
+from . import attention, kernels
 from .activations import BLOCK, BLOCK_BYTES
 from .blocks import FORMATS
 from .crew import Crew
@@ -37,7 +38,7 @@ from .memory import Arena
 from .panels import decode_function, layout, panel_function
 from .prefill_attention import attend_chunk, attention_scratch, block_tokens
 from .prefill_products import many_add_product, many_gated_products, many_norm_products, room_size
-from .shapes import check, check_float_rows, padded, whole_vectors, without_padding
+from .shapes import check, check_float_rows, padded, rows_of, whole_vectors, without_padding
 from .sparse_ops import SparseOps
 
 if TYPE_CHECKING:
@@ -48,11 +49,9 @@ MANY_PANELS = 4  # of a weight in a prefill task
 PARTS = 8  # of weights in a decode step, at least, so that a thread that lost its core does not hold up the rest ...
 PART_BYTES = 1 << 20  # ... and about this large if there are more: at its begin, memory is not yet asked for ahead
 HELD_QUERIES, HELD_SUMS = 32, 16  # vectors of a few heads at hand while cached rows pass; queries may come from memory
-TASKS = 8  # of attention in a decode step, if there are so many ...
-FEWEST_ROWS, MOST_ROWS = 128, 1024  # ... of this size: where each begins, memory is not yet asked for ahead
 
 _FORMAT_OF_STORE = {"f32": "F32", "f16": "F16"}
-_NOTHING = np.empty(0, np.float32)
+_NOTHING, _NOTHING_KEPT = np.empty(0, np.float32), np.empty((0, 0), np.float32)
 
 
 @dataclass(frozen=True)
@@ -199,27 +198,15 @@ class CpuOps(EvictionOps, SparseOps):
         f = FORMATS[_FORMAT_OF_STORE[store.name]]
         return np.zeros((*shape[:3], whole_vectors(shape[3]) // f.length), f.dtype)
 
-    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        return np.zeros(shape, dtype)
-
     def append(self, kv: KV, seq: np.ndarray, slot: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         check_slots(kv, seq, slot)
         check(k.shape == v.shape == (len(seq), kv.k.shape[1], k.shape[2]), "keys and values", k.shape, v.shape)
         check(kv.k.shape[3] == whole_vectors(k.shape[2]), "keys and values", k.shape, kv.k.shape)
-        kernels.append(kv.k, kv.v, seq, slot, np.ascontiguousarray(k), np.ascontiguousarray(v))
+        k, v = np.ascontiguousarray(k, np.float32), np.ascontiguousarray(v, np.float32)
+        attention.append(kv.k, kv.v, seq, slot, k, v)
 
-    def attend(self, q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray) -> np.ndarray:
-        d, q = q.shape[2], np.ascontiguousarray(padded(q))
-        check_ranges(q, kv, first, stop)
-        parts = np.array([_parts(n, kv.k.shape[1]) for n in (stop - first).tolist()])
-        group, n_vectors = q.shape[1] // kv.k.shape[1], q.shape[2] // LANES
-        scored, summed = (_together(group, n_vectors, most) for most in (HELD_QUERIES, HELD_SUMS))
-        out = self._buffer("attended", q.shape)
-        kernels.attend(
-            self._crew.call(), q, kv.k, kv.v, first, stop, np.float32(1.0 / math.sqrt(d)), parts,
-            (0,) * n_vectors, (0,) * scored, (0,) * summed, out,
-        )  # fmt: skip
-        return without_padding(out, d)
+    def attend(self, q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray, far: Far | None = None) -> np.ndarray:
+        return self._attend("attended", q, kv, first, stop, far, _NOTHING_KEPT)
 
     def attend_chunk(
         self,
@@ -231,15 +218,40 @@ class CpuOps(EvictionOps, SparseOps):
         stop: int | None = None,
         lse: np.ndarray | None = None,
     ) -> np.ndarray:
-        d, q = q.shape[2], np.ascontiguousarray(padded(q))
+        d, q = q.shape[2], np.ascontiguousarray(padded(q), np.float32)
         stop = start + len(q) if stop is None else stop
         check_chunk(q, kv, seq, start, window, stop, lse)
         out = self._buffer("chunk", q.shape)
         group = q.shape[1] // kv.k.shape[1]
         block = block_tokens(group)
         scratch = self._buffer("attention", (self.threads, attention_scratch(block, group, q.shape[2])))
-        crew, scale = self._crew.call(), 1.0 / math.sqrt(d)
-        attend_chunk(crew, q, kv.k[seq], kv.v[seq], start, window, scale, block, scratch, out)
+        kept = _NOTHING_KEPT if lse is None else self._buffer("denominators", (len(q), 2 * q.shape[1]))
+        crew, rows, scale = self._crew.call(), rows_of(kv, seq), 1.0 / math.sqrt(d)
+        attend_chunk(crew, q, *rows, group, start, window, stop, scale, block, scratch, out, kept)
+        if lse is not None:
+            highs, sums = np.split(kept, 2, axis=1)
+            with np.errstate(divide="ignore"):  # of rows that saw nothing
+                np.add(highs, np.log(sums), out=lse)
+        return without_padding(out, d)
+
+    def _attend(
+        self, name: str, q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray, far: Far | None, kept: np.ndarray
+    ) -> np.ndarray:
+        """Attention of a decode step in the buffer of that name; kept [B H_q, columns]: see `attention.attend`."""
+        d, q = q.shape[2], padded(q)
+        check_ranges(q, kv, first, stop)
+        shape, queries, until = q.shape, q, first
+        if far is not None:
+            far = Far(padded(far.q), far.stop)
+            check_far(q, far, first)
+            queries, until = np.concatenate((q, far.q), axis=1), far.stop
+        group, n_vectors = shape[1] // kv.k.shape[1], shape[2] // LANES
+        scored, summed = (_together(group, n_vectors, most) for most in (HELD_QUERIES, HELD_SUMS))
+        out = self._buffer(name, shape)
+        attention.attend(
+            self._crew.call(), np.ascontiguousarray(queries, np.float32), kv.k, kv.v, first, stop, until,
+            np.float32(1.0 / math.sqrt(d)), (0,) * n_vectors, (0,) * scored, (0,) * summed, out, kept,
+        )  # fmt: skip
         return without_padding(out, d)
 
     def _norm_products(self, x: np.ndarray, norm: np.ndarray, eps: float, *matrices: PanelMatrix) -> _Work:
@@ -301,8 +313,3 @@ class CpuOps(EvictionOps, SparseOps):
 def _together(group: int, n_vectors: int, most: int) -> int:
     """How many of the query heads that share a KV head go together."""
     return max(n for n in range(1, group + 1) if group % n == 0 and (n == 1 or n * n_vectors <= most))
-
-
-def _parts(rows: int, heads: int) -> int:
-    """Into how many parts a sequence is cut; never by the number of threads, on which results must not depend."""
-    return max(1, min(rows // FEWEST_ROWS, max(rows // MOST_ROWS, -(-TASKS // heads))))

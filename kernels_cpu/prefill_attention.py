@@ -32,7 +32,6 @@ from .ir_vectors import (
     at,
     constant,
     into_array,
-    like,
     load,
     multiply_add,
     splat,
@@ -40,6 +39,7 @@ from .ir_vectors import (
     vector,
 )
 from .rows import decode_row
+from .softmax import exp_below_zero
 
 QUERIES = 384  # that share decoded keys and values
 KEYS = 96  # decoded and scored at a time: whole tiles and whole vectors
@@ -47,23 +47,6 @@ PANEL = math.lcm(ROWS, WIDTH, 48)  # queries
 
 _ROWS, _VECTORS, _ONE, _LANES = (0,) * ROWS, (0,) * VECTORS, (0,), (0,) * LANES
 _LOWEST = np.float32(-1e30)  # not infinite: the difference of two is a number
-
-
-def _exp_below_zero(b: ir.IRBuilder, x: Value) -> Value:
-    """e^x for x <= 0, float32 lane by lane: zero below -88, else within 2e-7 and the rounding of x / ln 2.
-
-    A power of two: what is left after splitting off the whole part lies in (-1, 0], where a polynomial with the least
-    relative error takes five steps.
-    """
-    x, low = b.fmul(x, constant(F32, 1.0 / math.log(2.0))), constant(F32, -127.0)
-    x = b.select(b.fcmp_ordered("<", x, low), low, x)  # in this order NaN stays NaN
-    whole = b.fptosi(x, vector(I32))
-    r = b.fsub(x, b.sitofp(whole, x.type))
-    p = constant(F32, 9.44903644e-4)
-    for c in (9.20579769e-3, 5.52973598e-2, 2.4018015e-1, 6.93143725e-1, 1.0):
-        p = multiply_add(b, p, r, constant(F32, c))
-    power = b.shl(b.add(whole, like(whole, 127)), like(whole, 23))
-    return b.fmul(p, b.bitcast(power, x.type))
 
 
 @intrinsic
@@ -125,14 +108,14 @@ def softmax_columns(
         sums = [variable(b, constant(F32, 0.0)) for _ in range(VECTORS)]
         with cgutils.for_range_slice(b, begin, end, I64(1)) as (row, _):
             for v in range(VECTORS):
-                p = _exp_below_zero(b, b.fsub(load(b, score(row, v), vector(F32)), new[v]))
+                p = exp_below_zero(b, b.fsub(load(b, score(row, v), vector(F32)), new[v]))
                 store(b, p, score(row, v))
                 b.store(b.fadd(b.load(sums[v]), p), sums[v])
         with cgutils.for_range_slice(b, end, stop, I64(1)) as (row, _):
             for v in range(VECTORS):
                 store(b, constant(F32, 0.0), score(row, v))
         for v in range(VECTORS):
-            factor, total = _exp_below_zero(b, b.fsub(old[v], new[v])), at(b, totals, 4 * LANES * v)
+            factor, total = exp_below_zero(b, b.fsub(old[v], new[v])), at(b, totals, 4 * LANES * v)
             store(b, new[v], at(b, highs, 4 * LANES * v))
             store(b, factor, at(b, factors, 4 * LANES * v))
             store(b, multiply_add(b, load(b, total, vector(F32)), factor, b.load(sums[v])), total)
@@ -226,15 +209,19 @@ def _attend_tile(keys, values, queries, scores, sums, slots, state, n, tile, wid
 
 
 @kernel
-def attend_block(q, k, v, head, token, tokens, start, window, scale, scratch, out):  # type: ignore[no-untyped-def]
+def attend_block(  # type: ignore[no-untyped-def]
+    q, k, v, between, group, head, token, tokens, start, window, stop, scale, scratch, out, kept
+):
     """Attention of a few tokens' queries to one KV head, for all query heads that share it.
 
     q, out [N, H_q, d] float32, C-ordered, of which rows token ... token + tokens - 1 count, and of these the queries of
-    KV head `head`; d is a multiple of 16. k, v [H_kv, slots, blocks] are rows of any store with d numbers each. Row i
-    of q is in slot start + i and sees the slots up to its own, or only the last `window` of them if that is not 0.
-    scratch, 1-D float32: at least attention_scratch(tokens, H_q / H_kv, d).
+    KV head `head`, `group` of them; d is a multiple of 16. k, v [rows, blocks] of any store with d numbers a row, a
+    head's `between` rows after those of the head before. Row i of q is in slot start + i and sees the slots up to its
+    own, or only the last `window` of them if that is not 0; none before slot 0, none from `stop` on. kept
+    [N, 2 H_q], if it has rows, receives the largest score of each query, and then for each the sum of exponentials
+    below it. scratch, 1-D float32: at least attention_scratch(tokens, group, d).
     """
-    d, group = q.shape[2], q.shape[1] // k.shape[0]
+    d, first_row = q.shape[2], head * between
     n, first_slot, first_head = tokens * group, start + token, head * group
     padded = (n + PANEL - 1) // PANEL * PANEL
     reach = window if window > 0 else 1 << 30
@@ -264,31 +251,38 @@ def attend_block(q, k, v, head, token, tokens, start, window, scale, scratch, ou
             for j in range(d):
                 rows[r, j] = scale * q[token + query // group, first_head + query % group, j]
         _transpose(rows, LANES - 1, queries, i // PANEL * PANEL * d + i % PANEL, PANEL)
-    head_k, head_v = k[head], v[head]
-    for tile in range(max(0, first_slot + 1 - reach), first_slot + tokens, KEYS):
-        width = min(KEYS, first_slot + tokens - tile)
+    end = min(first_slot + tokens, stop)
+    for tile in range(max(0, first_slot + 1 - reach), end, KEYS):
+        width = min(KEYS, end - tile)
         for s in range(width):
-            decode_row(head_k, tile + s, rows, s % LANES)
+            decode_row(k, first_row + tile + s, rows, s % LANES)
             if s % LANES == LANES - 1 or s == width - 1:
                 _transpose(rows, s % LANES, keys, s // LANES * LANES, KEYS)
-            decode_row(head_v, tile + s, values, s)
+            decode_row(v, first_row + tile + s, values, s)
         _attend_tile(keys, values, queries, scores, sums, slots, state, n, tile, width, reach)
     for i in range(n):
-        share = np.float32(1.0) / state[1, i]
+        t, h, some = token + i // group, first_head + i % group, state[1, i] != 0
+        share = np.float32(1.0) / state[1, i] if some else np.float32(0.0)
         for j in range(d):
-            out[token + i // group, first_head + i % group, j] = sums[i * d + j] * share
+            out[t, h, j] = sums[i * d + j] * share
+        if len(kept):
+            kept[t, h], kept[t, q.shape[1] + h] = state[0, i], state[1, i]
 
 
 @kernel
-def _some_queries(q, k, v, start, window, scale, block, scratch, out, task, thread):  # type: ignore[no-untyped-def]
-    heads, n = len(k), len(q)
+def _some_queries(  # type: ignore[no-untyped-def]
+    q, k, v, between, group, start, window, stop, scale, block, scratch, out, kept, task, thread
+):
+    heads, n = q.shape[1] // group, len(q)
     # The last queries see the most keys: the longest tasks first.
-    first = ((n + block - 1) // block - 1 - task // heads) * block
-    attend_block(q, k, v, task % heads, first, min(block, n - first), start, window, scale, scratch[thread], out)
+    token = ((n + block - 1) // block - 1 - task // heads) * block
+    tokens, room = min(block, n - token), scratch[thread]
+    attend_block(q, k, v, between, group, task % heads, token, tokens, start, window, stop, scale, room, out, kept)
 
 
 @kernel
-def attend_chunk(crew, q, k, v, start, window, scale, block, scratch, out):  # type: ignore[no-untyped-def]
+def attend_chunk(crew, q, k, v, between, group, start, window, stop, scale, block, scratch, out, kept):  # type: ignore[no-untyped-def]
     """All query heads of a chunk, `block` tokens in a task, a row of scratch for each thread; see attend_block."""
-    tasks = (len(q) + block - 1) // block * len(k)
-    share_long(crew, tasks, _some_queries, (q, k, v, start, window, scale, block, scratch, out))
+    tasks = (len(q) + block - 1) // block * (q.shape[1] // group)
+    of = (q, k, v, between, group, start, window, stop, scale, block, scratch, out, kept)
+    share_long(crew, tasks, _some_queries, of)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
+
+from minirt.ops import KV
 
 from .ir_vectors import LANES
 
@@ -25,11 +28,35 @@ def without_padding(x: np.ndarray, n: int) -> np.ndarray:
     return x if x.shape[-1] == n else np.ascontiguousarray(x[..., :n])
 
 
+def rows_of(kv: KV, seq: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Keys and values of one sequence of a cache [B, H_kv, slots, blocks] as rows in order, and how many of them lie
+    from one head to the next: more than `slots` if it is a part of a cache. So kernels see one type of array."""
+    (k, between), (v, other) = (_rows_of(array[seq]) for array in kv)
+    if between != other:
+        raise ValueError(f"keys with {between} rows a head and values with {other} are parts of different caches")
+    return k, v, between
+
+
+def _rows_of(array: np.ndarray) -> tuple[np.ndarray, int]:
+    heads, slots, blocks = array.shape
+    size = blocks * array.itemsize
+    between, rest = divmod(array.strides[0], size)
+    if rest or array.strides[1:] != (size, array.itemsize):
+        raise ValueError(f"a cache with strides {array.strides} does not hold its rows in order")
+    return as_strided(array[0], ((heads - 1) * between + slots, blocks)), between
+
+
 def check_float_rows(*arrays: np.ndarray) -> None:
     """Kernels read these by their address."""
     for array in arrays:
         if array.dtype != _FLOAT32 or not array.flags.c_contiguous:
             raise ValueError(f"an array of {array.dtype} with strides {array.strides} is not float32 in C order")
+
+
+def check_rows_in_order(array: np.ndarray, dtype: np.dtype) -> None:
+    """Kernels read its last axis as it lies in memory."""
+    if array.dtype != dtype or array.strides[-1] != dtype.itemsize:
+        raise ValueError(f"an array of {array.dtype} with strides {array.strides} does not hold {dtype} in order")
 
 
 def check(fits: bool, what: str, shape: tuple[int, ...], other: tuple[int, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from llvmlite import ir
@@ -17,6 +18,7 @@ from .ir_vectors import (
     Value,
     across_lanes,
     at,
+    constant,
     for_vectors,
     horizontal_sum,
     into_array,
@@ -78,43 +80,114 @@ def _exp(b: ir.IRBuilder, x: Value) -> Value:
     return b.fmul(p, b.bitcast(power, x.type))
 
 
+def exp_below_zero(b: ir.IRBuilder, x: Value) -> Value:
+    """e^x for x <= 0, float32 lane by lane: zero below -88, else within 2e-7 and the rounding of x / ln 2.
+
+    A power of two: what is left after splitting off the whole part lies in (-1, 0], where a polynomial with the least
+    relative error takes five steps.
+    """
+    lanes = x.type.count
+    x, low = b.fmul(x, constant(F32, 1.0 / math.log(2.0), lanes)), constant(F32, -127.0, lanes)
+    x = b.select(b.fcmp_ordered("<", x, low), low, x)  # in this order NaN stays NaN
+    whole = b.fptosi(x, vector(I32, lanes))
+    r = b.fsub(x, b.sitofp(whole, x.type))
+    p = constant(F32, 9.44903644e-4, lanes)
+    for c in (9.20579769e-3, 5.52973598e-2, 2.4018015e-1, 6.93143725e-1, 1.0):
+        p = multiply_add(b, p, r, constant(F32, c, lanes))
+    power = b.shl(b.add(whole, like(whole, 127)), like(whole, 23))
+    return b.fmul(p, b.bitcast(power, x.type))
+
+
 @intrinsic
 def exp(typingctx: Any, x: Any) -> Any:
-    """e^x for float32 x, held between -87 and 88."""
+    """e^x for one float32 x <= 0."""
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
-        return b.extract_element(_exp(b, splat(b, args[0], 1)), I32(0))
+        return b.extract_element(exp_below_zero(b, splat(b, args[0], 1)), I32(0))
 
     return types.float32(types.float32), codegen
 
 
+def _exponentials(b: ir.IRBuilder, row: Value, n: Value, high: Value) -> Value:
+    """n float32 become e^(x - high), in place; their sum."""
+    total = cgutils.alloca_once_value(b, constant(F32, 0.0))
+    rest = cgutils.alloca_once_value(b, F32(0.0))
+
+    def turn(index: Value, lanes: int) -> None:
+        place = at(b, row, b.mul(index, I64(4)))
+        value = exp_below_zero(b, b.fsub(load(b, place, vector(F32, lanes)), splat(b, high, lanes)))
+        store(b, value, place)
+        value, sums = (value, total) if lanes == LANES else (b.extract_element(value, I32(0)), rest)
+        b.store(b.fadd(b.load(sums), value), sums)
+
+    for_vectors(b, n, turn)
+    return b.fadd(horizontal_sum(b, b.load(total)), b.load(rest))
+
+
 @intrinsic
 def exp_row(typingctx: Any, x: Any, i: Any, begin: Any, end: Any, high: Any) -> Any:
-    """x[i, begin:end] becomes e^(x - high), float32, in place; returns the sum."""
+    """x[i, begin:end] becomes e^(x - high), float32, in place; returns the sum. None is larger than `high`."""
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
         x, i, begin, end, high = args
         row, _, _ = into_array(context, b, signature.args[0], x, i, begin)
         n = b.sub(end, begin)
-        n = b.select(b.icmp_signed(">", n, I64(0)), n, I64(0))
-        total = cgutils.alloca_once_value(b, ir.Constant(vector(F32), [0.0] * LANES))
-        rest = cgutils.alloca_once_value(b, F32(0.0))
-
-        def turn(index: Value, lanes: int) -> Value:
-            place = at(b, row, b.mul(index, I64(4)))
-            value = _exp(b, b.fsub(load(b, place, vector(F32, lanes)), splat(b, high, lanes)))
-            store(b, value, place)
-            return value
-
-        whole = b.udiv(n, I64(LANES))
-        with cgutils.for_range(b, whole) as loop:
-            b.store(b.fadd(b.load(total), turn(b.mul(loop.index, I64(LANES)), LANES)), total)
-        with cgutils.for_range_slice(b, b.mul(whole, I64(LANES)), n, I64(1)) as (index, _):
-            b.store(b.fadd(b.load(rest), b.extract_element(turn(index, 1), I32(0))), rest)
-        return b.fadd(horizontal_sum(b, b.load(total)), b.load(rest))
+        return _exponentials(b, row, b.select(b.icmp_signed(">", n, I64(0)), n, I64(0)), high)
 
     i64, f32 = types.int64, types.float32
     return f32(x, i64, i64, i64, f32), codegen
+
+
+@intrinsic
+def exp_floats(typingctx: Any, where: Any, n: Any, high: Any) -> Any:
+    """The same for n float32 at an address."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        return _exponentials(b, b.inttoptr(args[0], cgutils.voidptr_t), args[1], args[2])
+
+    return types.float32(types.int64, types.int64, types.float32), codegen
+
+
+@intrinsic
+def largest_logit(typingctx: Any, where: Any, n: Any) -> Any:
+    """The largest of n float32 at an address, among which NaN becomes -inf."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        row = b.inttoptr(args[0], cgutils.voidptr_t)
+        highs = {n: cgutils.alloca_once_value(b, constant(F32, -math.inf, n)) for n in (LANES, 1)}
+
+        def larger(old: Value, new: Value) -> Value:
+            return b.select(b.fcmp_ordered(">", new, old), new, old)
+
+        def turn(index: Value, lanes: int) -> None:
+            place = at(b, row, b.mul(index, I64(4)))
+            x = load(b, place, vector(F32, lanes))
+            x = b.select(b.fcmp_ordered("ord", x, x), x, constant(F32, -math.inf, lanes))
+            store(b, x, place)
+            b.store(larger(b.load(highs[lanes]), x), highs[lanes])
+
+        for_vectors(b, args[1], turn)
+        return larger(*(across_lanes(b, b.load(high), larger) for high in highs.values()))
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def scale_floats(typingctx: Any, where: Any, n: Any, factor: Any) -> Any:
+    """n float32 at an address become x * factor; 0 if that is not positive, or NaN."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        row = b.inttoptr(args[0], cgutils.voidptr_t)
+
+        def turn(index: Value, lanes: int) -> None:
+            place, zero = at(b, row, b.mul(index, I64(4))), constant(F32, 0.0, lanes)
+            x = b.fmul(load(b, place, vector(F32, lanes)), splat(b, args[2], lanes))
+            store(b, b.select(b.fcmp_ordered(">", x, zero), x, zero), place)
+
+        for_vectors(b, args[1], turn)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), codegen
 
 
 @intrinsic

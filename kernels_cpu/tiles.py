@@ -15,7 +15,24 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .blocks import BY_RECORD, Format, Rows
-from .ir_vectors import F32, I32, I64, LANES, Value, at, into_array, load, multiply_add, prefetch, splat, store, vector
+from .extremes import Extreme, indices
+from .ir_vectors import (
+    F32,
+    I32,
+    I64,
+    LANES,
+    Value,
+    at,
+    constant,
+    horizontal_sum,
+    into_array,
+    load,
+    multiply_add,
+    prefetch,
+    splat,
+    store,
+    vector,
+)
 from .rows import weights_of
 
 
@@ -32,6 +49,14 @@ def _vectors(b: ir.IRBuilder, f: Format, row: Value, n: int) -> list[Value]:
         found += [weights_of(b, group, LANES) for group in f.decode(b, reader)]
         block += LANES if f.length == 1 else 1
     return found
+
+
+def _dot(b: ir.IRBuilder, x: list[Value], y: list[Value]) -> Value:
+    """Lane by lane."""
+    total = b.fmul(x[0], y[0])
+    for u, v in zip(x[1:], y[1:], strict=True):
+        total = multiply_add(b, u, v, total)
+    return total
 
 
 class _TransposedSum:
@@ -93,10 +118,7 @@ def score_rows(
                 prefetch(b, row, _row_bytes(f, n_vectors))
                 key = _vectors(b, f, row, n_vectors)
                 for g in range(n_heads):
-                    total = b.fmul(key[0], held[g][0])
-                    for i in range(1, n_vectors):
-                        total = multiply_add(b, key[i], held[g][i], total)
-                    sums[g].add(total)
+                    sums[g].add(_dot(b, key, held[g]))
             for g in range(n_heads):
                 place = at(b, at(b, target, b.mul(I64(g), score_bytes)), b.mul(start, I64(4)))
                 store(b, sums[g].result(), place)
@@ -139,3 +161,51 @@ def add_rows(
 
     x = types.int64
     return types.void(v, x, x, x, x, p, sums, x, x, vectors, heads), codegen
+
+
+def _sqrt(b: ir.IRBuilder, x: Value) -> Value:
+    name = f"llvm.sqrt.v{x.type.count}f32" if isinstance(x.type, ir.VectorType) else "llvm.sqrt.f32"
+    return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(x.type, [x.type]), name), [x])
+
+
+@intrinsic
+def most_similar(
+    typingctx: Any, k: Any, b: Any, h: Any, first: Any, n: Any, s: Any, best: Any, where: Any, i: Any, vectors: Any
+) -> Any:
+    """The row of k[b, h, first : first + n] most like row s, itself excepted: best[i] its cosine, where[i] its slot.
+
+    -inf and -1 if there is none. A row of zeros is like nothing: 0. best float32, where int64; 16 len(vectors) = d.
+    """
+    f, n_vectors = BY_RECORD[k.dtype], len(vectors)
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        k, seq, h, first, n, s, best, where, i = args[:9]
+        head, _, (_, _, row_bytes, _) = into_array(context, b, signature.args[0], k, seq, h)
+        best_at, where_at = (into_array(context, b, signature.args[j], a, i)[0] for j, a in ((6, best), (7, where)))
+        own = _vectors(b, f, at(b, head, b.mul(s, row_bytes)), n_vectors)
+        length = splat(b, _sqrt(b, horizontal_sum(b, _dot(b, own, own))))
+        end, found = b.add(first, n), Extreme(b, LANES, highest=True)
+        last = b.sub(end, I64(1))
+        with cgutils.for_range(b, b.udiv(b.add(n, I64(LANES - 1)), I64(LANES))) as loop:
+            start = b.add(first, b.mul(loop.index, I64(LANES)))
+            products, squares = _TransposedSum(b), _TransposedSum(b)
+            for r in range(LANES):
+                index = b.add(start, I64(r))
+                row = at(b, head, b.mul(b.select(b.icmp_signed("<", index, last), index, last), row_bytes))
+                prefetch(b, row, _row_bytes(f, n_vectors))
+                key = _vectors(b, f, row, n_vectors)
+                products.add(_dot(b, key, own))
+                squares.add(_dot(b, key, key))
+            lengths = b.fmul(_sqrt(b, squares.result()), length)
+            some = b.fcmp_ordered(">", lengths, constant(F32, 0.0))
+            cosines = b.select(some, b.fdiv(products.result(), lengths), constant(F32, 0.0))
+            slots = indices(b, start)
+            inside = b.icmp_signed("<", slots, splat(b, b.trunc(end, I32)))
+            found.see(cosines, start, b.and_(inside, b.icmp_signed("!=", slots, splat(b, b.trunc(s, I32)))))
+        cosine, slot = found.result()
+        store(b, cosine, best_at)
+        store(b, slot, where_at)
+        return context.get_dummy_value()
+
+    x = types.int64
+    return types.void(k, x, x, x, x, x, best, where, x, vectors), codegen

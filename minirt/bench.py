@@ -30,7 +30,8 @@ from .devices import physical_cores
 from .errors import UsageError
 from .gguf_file import GGUFFile
 from .llama import MIN_CONTEXT, Llama, bytes_per_token
-from .policies import parse_policy
+from .policies import POLICIES, Budget, Policy, parse_policy
+from .policies.base import parameters
 from .session import PREFILL_CHUNK, Progress, prompt_chunks
 from .stores import get_store
 from .version import __version__
@@ -91,7 +92,7 @@ class Result:
     """What a workload took: nanoseconds of each run. The bytes are None where it is not decoding alone."""
 
     workload: Workload
-    policy: str
+    policy: str  # as `parse_policy` reads it
     kv: str
     test_time: str  # when it began, UTC, ISO 8601
     samples_ns: tuple[int, ...]
@@ -128,7 +129,7 @@ def measure(
     llama: Llama,
     workload: Workload,
     *,
-    policy: str = "dense",
+    policy: str | Policy = "dense",
     kv: str = "f16",
     repetitions: int = 5,
     warmup: bool = True,
@@ -137,7 +138,7 @@ def measure(
     """Runs a workload `repetitions` times, after a run that does not count, in a cache of its own.
 
     The model's session is left alone; its policy and KV type do not matter. progress: called with (tokens done, in
-    all), never while the clock runs. Raises UsageError for an unknown policy or KV type.
+    all), never while the clock runs. Raises UsageError for an unknown policy or KV type, or one that does not fit.
     """
     w, config, store = workload, llama.config, get_store(kv)
     decoder = Decoder(config, llama.decoder.weights, llama.decoder.ops, parse_policy(policy))
@@ -171,7 +172,7 @@ def measure(
         weight_bytes = bytes_per_token(llama.decoder.weights) / w.n_sequences
         seen = range(w.n_depth + 1, w.n_ctx + 1)
         kv_bytes = statistics.fmean(decoder.policy.bytes_read(config, plan, n) for n in seen)
-    return Result(w, policy, kv, test_time, tuple(samples[warmup:]), weight_bytes, kv_bytes)
+    return Result(w, str(decoder.policy), kv, test_time, tuple(samples[warmup:]), weight_bytes, kv_bytes)
 
 
 def _set_depth(
@@ -191,15 +192,25 @@ def _prefill(decoder: Decoder, cache: Cache, seq: int, prompt: list[int]) -> Non
         decoder.prefill(cache, prompt[start:stop], seq=seq, logits="last" if stop == len(prompt) else "none")
 
 
-def check_room(path: str | Path, workloads: Iterable[Workload], policies: Iterable[str], kvs: Iterable[str]) -> None:
-    """Raises UsageError if a workload's cache cannot fit beside the model; nothing is loaded. ModelError as `open`."""
+def check_room(
+    path: str | Path, workloads: Iterable[Workload], policies: Iterable[str | Policy], kvs: Iterable[str]
+) -> None:
+    """Raises UsageError if a policy does not fit a workload, or a workload's cache the memory beside the model.
+
+    Nothing is loaded. ModelError as `open`.
+    """
+    made = [(parse_policy(policy), get_store(kv)) for policy in policies for kv in kvs]
     free = available_memory()
     with GGUFFile.open(path) as file:
         config, weights = ModelConfig.from_gguf(file), _nbytes(file)
-        made = [(parse_policy(name), get_store(kv)) for name in policies for kv in kvs]
         for w in workloads:
             for policy, store in made:
-                need = policy.plan(config, max(w.n_ctx, MIN_CONTEXT), store, store).nbytes(config, w.n_sequences)
+                n_ctx = max(w.n_ctx, MIN_CONTEXT)
+                try:
+                    policy.check(config, n_ctx, store, store)
+                except UsageError as e:
+                    raise UsageError(f"{w}: {e}") from None
+                need = policy.plan(config, n_ctx, store, store).nbytes(config, w.n_sequences)
                 if need + weights > free:
                     raise UsageError(
                         f"{w}: the KV cache needs {need / 2**30:.1f} GiB and the model "
@@ -220,6 +231,7 @@ def record(
     """
     file, ops, w = llama.file, llama.decoder.ops, result.workload
     speed, limit = result.bytes_per_second, memory_bytes_per_second
+    policy = parse_policy(result.policy)
     return {
         "build_commit": __version__,
         "build_number": 0,
@@ -244,6 +256,8 @@ def record(
         "avg_ts": result.avg_ts,
         "stddev_ts": result.stddev_ts,
         "policy": result.policy,
+        "policy_name": policy.name,
+        "policy_parameters": {name: _plain(getattr(policy, name)) for name in parameters(POLICIES[policy.name])},
         "n_sequences": w.n_sequences,
         "bytes_per_token": result.bytes_per_token,
         "weight_bytes_per_token": result.weight_bytes_per_token,
@@ -254,6 +268,10 @@ def record(
         "samples_ns": list(result.samples_ns),
         "samples_ts": result.samples_ts,
     }
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Budget) else value
 
 
 def model_type(file: GGUFFile, config: ModelConfig) -> str:

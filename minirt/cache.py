@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -12,6 +12,8 @@ from .config import ModelConfig
 from .ops import KV, Array, Ops
 from .rope import Angles, Rope
 from .stores import Store
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,16 @@ class Cache:
     limits: np.ndarray  # int32 [B, n_layer]: tokens that a layer keeps, where that is found out from the prompt; else 0
     rope: Rope | None = None  # of the model, for policies that turn queries to other positions
     pending: dict[int, Any] = field(default_factory=dict)  # of a policy, while a prompt is read: by layer
+    _made: tuple[bytes, Any] = (b"", None)  # the last answer of `once`
     _turned: tuple[bytes, Any] = (b"", None)  # the last answer of `turns`: all layers of a step ask for the same
+
+    def once(self, make: Callable[[], T]) -> T:
+        """What `make` gives, made once for all layers of a step: it depends on the sequences' lengths alone."""
+        key = self.n_seen.tobytes() + self.pinned.tobytes() + self.limits.tobytes()
+        if self._made[0] != key:
+            self._made = key, make()
+        made: T = self._made[1]
+        return made
 
     def turns(self, ops: Ops, by: np.ndarray) -> Angles:
         """The angles that move rows by so many positions each."""
@@ -83,6 +94,16 @@ class Cache:
             self._turned = by.tobytes(), ops.angles(rotation, by)
         angles: Angles = self._turned[1]
         return angles
+
+    def nbytes(self, config: ModelConfig, seq: int) -> int:
+        """Bytes that a sequence has filled."""
+        n = int(self.n_seen[seq])
+        total = sum(min(n, int(kv.k.shape[2])) for kv in self.layers) * self.plan.row_bytes(config)
+        for arrays in self.plan.side.values():
+            for array in arrays:
+                blocks = array.shape[1] if array.block else 1
+                total += array.nbytes // blocks * (-(-n // array.block) if array.block else 1)
+        return total
 
     def part(self, first: int, stop: int) -> Cache:
         """Sequences first ... stop - 1, in the same memory."""
@@ -100,8 +121,11 @@ class Cache:
                 array[target, :, :n] = array[source, :, :n]
         for name, arrays in self.side.items():
             for array, spec in zip(arrays, self.plan.side[name], strict=True):
-                used = slice(-(-n // spec.block) if spec.block else None)
-                array[target, :, used] = array[source, :, used]
+                if spec.block:
+                    used = slice(-(-n // spec.block))
+                    array[target, :, used] = array[source, :, used]
+                else:
+                    array[target] = array[source]
         for host in (self.n_seen, self.pinned, self.torn, self.limits):
             host[target] = host[source]
 

@@ -62,8 +62,10 @@ def check_ranges(q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray) -> 
 
 
 def check_far(q: np.ndarray, far: Far, first: np.ndarray) -> None:
-    if far.q.shape != q.shape or len(far.stop) != len(q) or (far.stop < 0).any() or (far.stop > first).any():
-        raise ValueError(f"far queries {far.q.shape}, slots up to {far.stop}, do not fit {q.shape} from {first} on")
+    if far.q.shape != q.shape or len(far.stop) != len(q):
+        raise ValueError(f"far queries {far.q.shape} of {len(far.stop)} sequences do not fit {q.shape}")
+    if not all(0 <= stop <= begin for stop, begin in zip(far.stop.tolist(), first.tolist(), strict=True)):
+        raise ValueError(f"far slots up to {far.stop} do not lie before the others, from {first} on")
 
 
 def check_chunk(q: np.ndarray, kv: KV, seq: int, start: int, window: int, stop: int, lse: np.ndarray | None) -> None:
@@ -77,13 +79,94 @@ def check_chunk(q: np.ndarray, kv: KV, seq: int, start: int, window: int, stop: 
 
 
 def check_scores(scores: np.ndarray, kv: KV, stop: np.ndarray) -> None:
-    n_seq, n_head_kv, n_slot, _ = kv.k.shape
+    (n_seq, n_head_kv, n_slot, _), (least, most) = kv.k.shape, _bounds(stop)
     if (
         len(scores) != n_seq
         or scores.shape[1] not in (1, n_head_kv)
-        or not _bounds(stop)[1] <= scores.shape[2] <= n_slot
+        or not 0 <= least <= most <= scores.shape[2] <= n_slot
     ):
-        raise ValueError(f"scores {scores.shape} of {_bounds(stop)[1]} slots do not fit a cache {kv.k.shape}")
+        raise ValueError(f"scores {scores.shape} of slots up to {stop} do not fit a cache {kv.k.shape}")
+
+
+def check_columns(q: np.ndarray, kv: KV, seq: int, start: int, lse: np.ndarray, sums: np.ndarray) -> None:
+    check_chunk(q, kv, seq, start, 0, start + len(q), lse)
+    if start < 0 or sums.shape != (kv.k.shape[1], start + len(q)):
+        raise ValueError(f"sums {sums.shape} do not fit queries {q.shape} from slot {start} on, a cache {kv.k.shape}")
+
+
+def check_overwrite(
+    kv: KV, slot: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, pos: np.ndarray
+) -> None:
+    n_seq, n_head_kv, n_slot, _ = kv.k.shape
+    if k.shape != v.shape or k.shape[:2] != (n_seq, n_head_kv) or kv.v.shape[:3] != kv.k.shape[:3]:
+        raise ValueError(f"keys {k.shape} and values {v.shape} do not fit caches {kv.k.shape}, {kv.v.shape}")
+    if len(slot) != n_seq or slot.shape[1] not in (1, n_head_kv) or len(pos) != n_seq:
+        raise ValueError(f"slots {slot.shape} and positions of {len(pos)} tokens do not fit a cache {kv.k.shape}")
+    if positions.shape[:2] != slot.shape or positions.shape[2] > n_slot:
+        raise ValueError(f"positions {positions.shape} do not fit slots {slot.shape}, a cache {kv.k.shape}")
+
+
+def check_eviction(
+    scores: np.ndarray,
+    positions: np.ndarray,
+    stop: np.ndarray,
+    room: np.ndarray,
+    head: np.ndarray,
+    before: np.ndarray,
+    slot: np.ndarray,
+) -> None:
+    """The numbers of each sequence are checked where they are used: a device may know them better than the host."""
+    if scores.shape != positions.shape or scores.shape[:2] != slot.shape:
+        raise ValueError(f"scores {scores.shape}, positions {positions.shape} and slots {slot.shape} do not fit")
+    if not len(stop) == len(room) == len(head) == len(before) == len(slot):
+        raise ValueError(f"numbers of {len(stop)} to {len(before)} sequences do not fit slots {slot.shape}")
+
+
+def check_merge(
+    kv: KV, slot: np.ndarray, stop: np.ndarray, head: np.ndarray, active: np.ndarray, threshold: np.ndarray
+) -> None:
+    n_seq = len(slot)
+    if kv.v.shape[:3] != kv.k.shape[:3] or not slot.shape == threshold.shape == kv.k.shape[:2]:
+        raise ValueError(f"slots {slot.shape} and thresholds {threshold.shape} do not fit a cache {kv.k.shape}")
+    if not len(stop) == len(head) == len(active) == n_seq:
+        raise ValueError(f"numbers of {len(stop)}, {len(head)} and {len(active)} sequences do not fit {n_seq}")
+
+
+def check_merge_evicted(kv: KV, kept: np.ndarray, head: int, threshold: np.ndarray) -> None:
+    """Kept slots are distinct and in order, and some of them may receive."""
+    n_seq, n_head_kv, n_slot, _ = kv.k.shape
+    if n_seq != 1 or kv.v.shape[:3] != kv.k.shape[:3] or len(kept) != n_head_kv or threshold.shape != (n_head_kv,):
+        raise ValueError(f"kept slots {kept.shape}, thresholds {threshold.shape} do not fit a cache {kv.k.shape}")
+    if not kept.shape[1] or kept[:, 0].min() < 0 or kept[:, -1].max() >= n_slot or (np.diff(kept) <= 0).any():
+        raise ValueError(f"kept slots are not ascending numbers from 0 to {n_slot - 1}")
+    if kept[:, -1].min() < head:
+        raise ValueError(f"all kept slots of a head lie before {head}: none may receive")
+
+
+def check_copy(source: KV, rows: np.ndarray, target: KV, start: int) -> None:
+    (n_seq, n_head_kv, *_), end = source.k.shape, start + rows.shape[1]
+    if n_seq != 1 or len(rows) not in (1, n_head_kv) or not 0 <= start <= end <= target.k.shape[2]:
+        raise ValueError(f"rows {rows.shape} of {source.k.shape} do not fit slots {start}..{end} of {target.k.shape}")
+    for a, b in zip(source, target, strict=True):
+        if a.shape[:2] != b.shape[:2] or a.shape[3] != b.shape[3] or a.dtype != b.dtype:
+            raise ValueError(f"rows of {a.shape}, {a.dtype} do not fit {b.shape}, {b.dtype}")
+
+
+def check_indices(indices: np.ndarray, n: int) -> None:
+    """Of an array on the host."""
+    if indices.size and not 0 <= indices.min() <= indices.max() < n:
+        raise ValueError(f"slots {indices.min()}..{indices.max()} lie outside 0..{n - 1}")
+
+
+def check_rotation(x: np.ndarray, angles: Angles) -> None:
+    _, n, pairs = angles.values.shape
+    if len(x) != n or 2 * pairs > x.shape[2]:
+        raise ValueError(f"angles {angles.values.shape} do not fit heads {x.shape}")
+
+
+def check_join(out: np.ndarray, lse: np.ndarray, other: np.ndarray, other_lse: np.ndarray) -> None:
+    if out.shape != other.shape or not lse.shape == other_lse.shape == out.shape[:2]:
+        raise ValueError(f"attention {other.shape}, {other_lse.shape} does not fit {out.shape}, {lse.shape}")
 
 
 def check_rows(ranks: np.ndarray, stop: np.ndarray, k: int, head: int, tail: int) -> None:

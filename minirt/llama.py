@@ -23,14 +23,15 @@ from .devices import open_ops
 from .errors import ModelError, UsageError
 from .gguf_file import GGUFFile
 from .policies import Policy, parse_policy
+from .policies.base import BoundedPolicy
 from .sampling import Sampling
-from .session import Progress, Session
+from .session import Progress, Session, common_prefix
 from .stores import Store, get_store
 from .tokenizer import Tokenizer
 from .weights import LAYER_TENSORS, Weights, load_weights
 
 DEFAULT_CONTEXT = 8192  # tokens, where the model allows more
-MIN_CONTEXT = 8
+MIN_CONTEXT, MAX_CONTEXT = 8, 1 << 30  # positions are int32
 PROMPT = 32  # tokens that no device takes for a few rows
 Message = Mapping[str, str]  # {"role": ..., "content": ...}
 Prompts = list[str] | list[list[int]]  # not Sequence[str], which a str is too
@@ -79,8 +80,8 @@ class Llama:
         file = GGUFFile.open(path if path is not None else default_model_path())
         config = ModelConfig.from_gguf(file)
         n_ctx = n_ctx or min(config.n_ctx_train, DEFAULT_CONTEXT)
-        if n_ctx < MIN_CONTEXT:
-            raise UsageError(f"--ctx {n_ctx} is out of range ({MIN_CONTEXT} or more)")
+        if not MIN_CONTEXT <= n_ctx <= MAX_CONTEXT:
+            raise UsageError(f"--ctx {n_ctx} is out of range ({MIN_CONTEXT} to {MAX_CONTEXT})")
         plan = _checked_plan(chosen, config, n_ctx, store, store)
         tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
         if tokenizer.n_vocab != config.n_vocab:
@@ -125,18 +126,19 @@ class Llama:
         self.decoder = Decoder(self.config, d.weights, d.ops, chosen)
         self.session = Session(self.decoder, self.decoder.new_cache(plan), own.n_ctx, own.weight_bytes)
 
-    def warm_up(self) -> None:
+    def warm_up(self, policy: str | Policy | None = None) -> None:
         """Compiles the kernels this model needs, or fetches those compiled before: otherwise the first answer does.
 
-        Raises ModelError if the model's logits are not finite.
+        policy: one that will be used, if it is not the model's own. Raises ModelError if the logits are not finite.
         """
         d, plan = self.decoder, self.session.cache.plan
         stores = plan.k_store, plan.v_store
-        small = d.policy.small()
+        small = parse_policy(policy or d.policy).small()
         some = Decoder(self.config, d.weights, d.ops, small)
         cache = some.new_cache(small.plan(self.config, MIN_CONTEXT, *stores))
-        some.prefill(cache, [0] * (MIN_CONTEXT - 1))
-        some.decode(cache, [0])
+        for n in (2, MIN_CONTEXT - 4):  # within what a small policy reads, and beyond
+            some.prefill(cache, [0] * n)
+            some.decode(cache, [0])
         # A prompt is computed otherwise than a few rows are: one layer of each kind is enough to see to that.
         kinds = {}
         for i, layer in enumerate(d.weights.layers):
@@ -236,6 +238,16 @@ class Llama:
         self._check_length(text)
         return self.tokenizer.encode_chat(text)
 
+    def head_length(self, messages: Sequence[Message], tokens: Sequence[int]) -> int:
+        """How many of a conversation's tokens precede what the user says first: template head and system prompt."""
+        roles, n = [m["role"] for m in messages], len(tokens)
+        if "user" not in roles:
+            return 0
+        for text in ("0", "x"):  # at least one of them begins otherwise than the user's text
+            other = self.chat_prompt([*messages[: roles.index("user")], {"role": "user", "content": text}])
+            n = min(n, common_prefix(tokens, other))
+        return n
+
     @overload
     def chat(
         self,
@@ -244,6 +256,7 @@ class Llama:
         max_tokens: int | None = None,
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
+        pin_system: bool = False,
     ) -> Answer: ...
 
     @overload
@@ -265,14 +278,22 @@ class Llama:
         sampling: Sampling | None = None,
         stop: str | Sequence[str] = (),
         batch_size: int = BATCH_SIZE,
+        pin_system: bool = False,
     ) -> Answer | list[Answer]:
         """The assistant's next message: messages are {"role": "system"|"user"|"assistant", "content": text}.
 
+        pin_system: a policy never evicts the system prompt and the template's head; of one conversation only.
         A list of conversations gives the list of their answers, as `generate` does.
         """
         if not is_several(messages, Mapping):
             tokens = self.chat_prompt(messages)
-            return self.stream(tokens, max_tokens=max_tokens, sampling=sampling, stop=stop).finish()
+            self.session.pinned = self.head_length(messages, tokens) if pin_system else 0
+            try:
+                return self.stream(tokens, max_tokens=max_tokens, sampling=sampling, stop=stop).finish()
+            finally:
+                self.session.pinned = 0
+        if pin_system:
+            raise UsageError("pin_system is of one conversation, not of a list of them")
         prompts = each("messages", lambda one: self._fitting(self.chat_prompt(one)), messages)
         return self.generate(prompts, max_tokens=max_tokens, sampling=sampling, stop=stop, batch_size=batch_size)
 
@@ -281,9 +302,8 @@ class Llama:
         tokens = self._checked(tokens)
         if not tokens:
             raise ModelError("the prompt is empty")
-        d, own = self.decoder, self.session.cache.plan
-        plan = d.policy.plan(self.config, len(tokens), own.k_store, own.v_store)
-        logits = d.prefill(d.new_cache(plan), tokens, logits="all")
+        d = self.decoder
+        logits = d.prefill(d.new_cache(self._plan(len(tokens))), tokens, logits="all")
         assert logits is not None
         return logits
 
@@ -291,10 +311,17 @@ class Llama:
         """Sessions for n sequences of up to n_ctx tokens in one new cache; UsageError if memory cannot hold it."""
         d, own = self.decoder, self.session
         n_ctx = min(max(n_ctx, MIN_CONTEXT), self.n_ctx)
-        plan = d.policy.plan(self.config, n_ctx, own.cache.plan.k_store, own.cache.plan.v_store)
+        plan = self._plan(n_ctx)
         check_memory(f"a batch of {n} sequences of up to {n_ctx} tokens", plan.nbytes(self.config, n))
         cache = d.new_cache(plan, n)
         return [Session(d, cache, self.n_ctx, own.weight_bytes, seq) for seq in range(n)]
+
+    def _plan(self, n_ctx: int) -> CachePlan:
+        """For sequences of up to n_ctx tokens. What a policy with a budget keeps goes by the session's context."""
+        own, policy = self.session.cache.plan, self.decoder.policy
+        if isinstance(policy, BoundedPolicy):
+            n_ctx = max(n_ctx, self.n_ctx)
+        return policy.plan(self.config, n_ctx, own.k_store, own.v_store)
 
     def _fitting(self, prompt: str | Sequence[int]) -> list[int]:
         tokens = self.prompt_tokens(prompt) if isinstance(prompt, str) else self._checked(prompt)

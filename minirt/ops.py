@@ -235,5 +235,5 @@ class Ops(Protocol):
         stop[b] of them count. With a mean [B, H_kv, d] of all values: alpha y + (1 - alpha) mean, where alpha is the
         sum of the rows' scores."""
 
-    def add_rows(self, kv: KV, rows: Array, stop: IntArray, scores: Array) -> Array:
+    def add_rows(self, kv: KV, rows: Array, stop: IntArray, scores: Array, d: int) -> Array:
         """FlexGen, step 2: the values of rows [B, H_kv, k] (as in `attend_rows`) times their scores: [B, H_q, d]."""

@@ -3,6 +3,10 @@
 The text is cut into windows of n_ctx tokens; each begins with BOS where the file adds one. The first half of a window
 is context; what is scored are the predictions at the positions n_ctx/2 ... n_ctx-2, of the token that follows each.
 
+Dense attention predicts the second half as a prompt, many positions in a call. Any other policy acts when a text is
+generated, so its second half is generated, with the window's own tokens: one decode step a position. Several windows
+are decoded together, because a step then reads the weights once for all.
+
 A base file holds the base model's log-probabilities in the format of `llama-perplexity --kl-divergence-base`:
 
     "_logits_"  int32 n_ctx, n_vocab, n_chunk  int32 tokens [n_chunk, n_ctx]
@@ -16,22 +20,30 @@ from __future__ import annotations
 import math
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple
 
 import numpy as np
 
+from .bandwidth import available_memory
+from .batch import BATCH_SIZE
+from .decoder import Decoder
 from .errors import ModelError
+from .policies import Dense
+from .session import prompt_chunks
 
 if TYPE_CHECKING:
+    from .cache import Cache
     from .llama import Llama
+    from .stores import Store
 
 MAGIC = b"_logits_"
 LOGITS_BYTES = 64 << 20  # of logits in memory at once
 MAX_TOKENS = 1 << 26  # in a base file
 MAX_CHUNK = 512  # tokens per prefill call
+MEMORY_SHARE = 2  # caches of several windows may take one part in so many of the memory that is free
 
 _HEADER = struct.Struct("<8siii")
 _CUTOFF = np.float32(16.0)
@@ -50,22 +62,112 @@ def cut_windows(tokens: Sequence[int], n_ctx: int, n_chunks: int | None = None) 
     return np.asarray(tokens[: n * n_ctx], np.int32).reshape(n, n_ctx)
 
 
+class Scored(NamedTuple):
+    """Predictions at n of the scored positions."""
+
+    rows: np.ndarray  # int [n]: which they are, all windows counted one after the other
+    logits: np.ndarray  # float32 [n, n_vocab]
+    tokens: np.ndarray  # int32 [n]: what followed
+
+
+def together(llama: Llama, n_ctx: int, dense: bool = False) -> int:
+    """How many windows to decode together: as many as make it faster and fit into memory. dense: twice each."""
+    plans = [llama.decoder.policy.plan(llama.config, n_ctx, *_stores(llama))]
+    if dense:
+        plans.append(Dense().plan(llama.config, n_ctx, *_stores(llama)))
+    each = sum(plan.nbytes(llama.config) for plan in plans)
+    return max(1, min(BATCH_SIZE, available_memory() // MEMORY_SHARE // each))
+
+
+def score(llama: Llama, windows: np.ndarray, group: slice, decode: bool) -> Iterator[Scored]:
+    """Runs some of the windows [n_chunk, n_ctx] and yields what is predicted at each of their scored positions.
+
+    decode: by decode steps of all of them together; else each window as a prompt, which shows nothing of a policy.
+    """
+    n_scored = len(windows[0]) - 1 - first_scored(len(windows[0]))
+    if decode:
+        rows = np.arange(len(windows))[group] * n_scored
+        for logits, tokens in decoded_logits(llama, windows[group]):
+            yield Scored(rows, logits, tokens)
+            rows = rows + 1
+        return
+    for i in range(len(windows))[group]:
+        row = i * n_scored
+        for logits, tokens in window_logits(llama, windows[i]):
+            yield Scored(np.arange(row, row + len(tokens)), logits, tokens)
+            row += len(tokens)
+
+
 def window_logits(llama: Llama, window: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Runs one window [n_ctx]; yields (logits [n, n_vocab], next tokens [n]) over the scored positions, in order."""
-    decoder, cache, tokenizer = llama.decoder, llama.session.cache, llama.tokenizer
+    """Reads one window [n_ctx]; yields (logits [n, n_vocab], next tokens [n]) over the scored positions, in order."""
+    decoder, cache, tokens = llama.decoder, llama.session.cache, _fed(llama, window)
     first, stop = first_scored(len(window)), len(window) - 1  # nothing follows the last token
-    tokens = window.tolist()
-    if tokenizer.add_bos and tokenizer.bos_id is not None:
-        tokens[0] = tokenizer.bos_id
     llama.session.reset()
-    for start in range(0, first, MAX_CHUNK):
-        decoder.prefill(cache, tokens[start : min(start + MAX_CHUNK, first)], logits="none")
-    rows = max(1, min(MAX_CHUNK, LOGITS_BYTES // (4 * llama.config.n_vocab)))
+    _read(decoder, cache, 0, tokens[:first])
+    rows = _rows_at_once(llama, 1)
     for start in range(first, stop, rows):
         end = min(start + rows, stop)
         logits = decoder.prefill(cache, tokens[start:end], logits="all")
         assert logits is not None
         yield logits, window[start + 1 : end + 1]
+
+
+def decoded_logits(llama: Llama, windows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Decodes windows [B, n_ctx] together after their first halves; yields (logits [B, n_vocab], next tokens [B])."""
+    b, n_ctx = windows.shape
+    decoder, fed = llama.decoder, [_fed(llama, window) for window in windows]
+    cache = decoder.new_cache(decoder.policy.plan(llama.config, n_ctx, *_stores(llama)), b)
+    for seq, tokens in enumerate(fed):
+        _read(decoder, cache, seq, tokens[: first_scored(n_ctx)])
+    for at in range(first_scored(n_ctx), n_ctx - 1):
+        yield decoder.decode(cache, [tokens[at] for tokens in fed]), windows[:, at + 1]
+
+
+def dense_log_probs(llama: Llama, windows: np.ndarray) -> Iterator[np.ndarray]:
+    """The log-probabilities [B, n_vocab] that dense attention gives at each scored position of windows [B, n_ctx].
+
+    They are computed many positions at a time, into one block of memory: each is valid until the next.
+    """
+    b, n_ctx = windows.shape
+    first, stop = first_scored(n_ctx), n_ctx - 1
+    decoder = Decoder(llama.config, llama.decoder.weights, llama.decoder.ops, Dense())
+    cache = decoder.new_cache(decoder.policy.plan(llama.config, n_ctx, *_stores(llama)), b)
+    fed = [_fed(llama, window) for window in windows]
+    for seq, tokens in enumerate(fed):
+        _read(decoder, cache, seq, tokens[:first])
+    rows = min(_rows_at_once(llama, b), stop - first)
+    block = np.empty((b, rows, llama.config.n_vocab), np.float32)
+    for start in range(first, stop, rows):
+        end = min(start + rows, stop)
+        for seq, tokens in enumerate(fed):
+            logits = decoder.prefill(cache, tokens[start:end], seq, logits="all")
+            assert logits is not None
+            highest, log_sum = log_sum_exp(logits)
+            np.subtract(logits, (highest + log_sum.astype(np.float32))[:, None], out=block[seq, : end - start])
+        yield from block[:, : end - start].swapaxes(0, 1)
+
+
+def _fed(llama: Llama, window: np.ndarray) -> list[int]:
+    """The tokens of a window as the model gets them."""
+    tokens: list[int] = window.tolist()
+    if llama.tokenizer.add_bos and llama.tokenizer.bos_id is not None:
+        tokens[0] = llama.tokenizer.bos_id
+    return tokens
+
+
+def _read(decoder: Decoder, cache: Cache, seq: int, tokens: Sequence[int]) -> None:
+    """Prefills the beginning of a window, in chunks as the policy wants them."""
+    for start, stop in prompt_chunks(decoder.policy, 0, len(tokens)):
+        decoder.prefill(cache, tokens[start:stop], seq, logits="none")
+
+
+def _rows_at_once(llama: Llama, n_windows: int) -> int:
+    return max(1, min(MAX_CHUNK, LOGITS_BYTES // (4 * llama.config.n_vocab * n_windows)))
+
+
+def _stores(llama: Llama) -> tuple[Store, Store]:
+    plan = llama.session.cache.plan
+    return plan.k_store, plan.v_store
 
 
 def log_sum_exp(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,6 +228,15 @@ def write_header(file: BinaryIO, windows: np.ndarray, n_vocab: int) -> None:
     file.write(windows.astype("<i4").tobytes())
 
 
+def write_rows(file: BinaryIO, windows: np.ndarray, scored: Scored) -> None:
+    """Writes predictions to their places in a base file that begins with a header for these windows."""
+    n_vocab = scored.logits.shape[1]
+    begin = _HEADER.size + 4 * windows.size
+    for row, codes in zip(scored.rows.tolist(), encode_log_probs(scored.logits), strict=True):
+        file.seek(begin + 2 * row_codes(n_vocab) * row)
+        file.write(codes.tobytes())
+
+
 def encode_log_probs(logits: np.ndarray) -> np.ndarray:
     """float32 logits [n, n_vocab] -> rows of a base file, uint16 [n, row_codes]."""
     n, n_vocab = logits.shape
@@ -164,14 +275,19 @@ class BaseFile:
         if tokens.min() < 0 or tokens.max() >= self.n_vocab:
             raise ModelError(f"{path}: a token id is outside 0 to {self.n_vocab - 1}")
         self.windows = tokens.reshape(self.n_chunk, self.n_ctx)
+        self._begin = self.file.tell()
 
-    def read(self, n: int) -> np.ndarray:
-        """Log-probabilities of the next n scored positions, float32 [n, n_vocab]."""
-        rows = np.fromfile(self.file, "<u2", n * row_codes(self.n_vocab)).reshape(n, -1)
+    def read(self, rows: Iterable[int]) -> np.ndarray:
+        """Log-probabilities at scored positions, all windows counted one after the other: float32 [n, n_vocab]."""
+        rows = np.stack([self._row(row) for row in rows])
         scale, low = np.ascontiguousarray(rows[:, :4]).view("<f4").T
         if not ((scale >= 0) & (low > -1e4) & (low + 65535 * scale < 0.01)).all():  # false for NaN too
             raise ModelError(f"{self.path}: scale and smallest log-probability of a position give no probabilities")
         return rows[:, 4 : 4 + self.n_vocab].astype(np.float32) * scale[:, None] + low[:, None]
+
+    def _row(self, row: int) -> np.ndarray:
+        self.file.seek(self._begin + 2 * row_codes(self.n_vocab) * row)
+        return np.frombuffer(self.file.read(2 * row_codes(self.n_vocab)), "<u2")
 
     def close(self) -> None:
         self.file.close()

@@ -40,7 +40,7 @@ class Session:
         self.decoder, self.cache, self.n_ctx, self.seq = decoder, cache, n_ctx, seq
         self.weight_bytes = weight_bytes  # read by each decode step
         self.tokens: list[int] = []
-        self.pinned = 0  # tokens at the beginning that are never evicted, of a text that is begun anew
+        self.pinned = 0  # tokens at the beginning that are never evicted; another number begins the text anew
         self.timings = Timings()
 
     def check(self, tokens: Sequence[int]) -> None:
@@ -57,9 +57,11 @@ class Session:
         """
         self.check(tokens)
         begun = time.perf_counter()
-        kept = self._rewind(min(_common_prefix(self.tokens, tokens), len(tokens) - 1))
+        pinned = min(self.pinned, len(tokens))
+        same = min(common_prefix(self.tokens, tokens), len(tokens) - 1)
+        kept = self._rewind(same if pinned == self.cache.pinned[self.seq] else 0)
         if kept == 0:
-            self.cache.pinned[self.seq] = min(self.pinned, len(tokens))
+            self.cache.pinned[self.seq] = pinned
         n, logits = len(tokens) - kept, None
         for start, stop in prompt_chunks(self.decoder.policy, kept, len(tokens)):
             # A prompt in one piece goes through all layers at once: progress is how many of them are done.
@@ -82,7 +84,11 @@ class Session:
     def step(self, token: int) -> np.ndarray:
         """Appends one token and returns the float32 logits [n_vocab] after it."""
         begun = time.perf_counter()
-        self._rewind(len(self.tokens))
+        n = len(self.tokens)
+        if self._rewind(n) < n:
+            raise ModelError(
+                "the last step was interrupted, and this policy cannot go on from there: feed the text anew"
+            )
         logits = self.decoder.decode(self.cache, [token])[0]
         self.stepped(token, time.perf_counter() - begun)
         return logits
@@ -130,7 +136,8 @@ def prompt_chunks(policy: Policy, start: int, stop: int) -> Iterator[tuple[int, 
         yield begin, min(begin + size, stop)
 
 
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two texts have in common at the beginning."""
     n = min(len(a), len(b))
     different = np.flatnonzero(np.asarray(a[:n]) != np.asarray(b[:n]))
     return int(different[0]) if len(different) else n

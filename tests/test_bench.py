@@ -29,8 +29,8 @@ FIELDS = [
     "test_time", "avg_ns", "stddev_ns", "avg_ts", "stddev_ts",
 ]  # fmt: skip
 OWN_FIELDS = [
-    "policy", "n_sequences", "bytes_per_token", "weight_bytes_per_token", "kv_bytes_per_token", "bytes_per_second",
-    "memory_bytes_per_second", "percent_of_memory",
+    "policy", "policy_name", "policy_parameters", "n_sequences", "bytes_per_token", "weight_bytes_per_token",
+    "kv_bytes_per_token", "bytes_per_second", "memory_bytes_per_second", "percent_of_memory",
 ]  # fmt: skip
 
 
@@ -201,6 +201,24 @@ def test_what_cannot_fit_is_found_before_it_is_tried(tiny: Path, monkeypatch: py
         check_room(tiny, [Workload(n_gen=8, n_depth=4096)], ["dense"], ["f16"])
 
 
+def test_a_policy_that_does_not_fit_is_found_before_it_is_tried(tiny: Path) -> None:
+    check_room(tiny, [Workload(n_gen=32)], ["sparq:r=16:k=32", "tova:budget=1/4"], ["f16"])
+    for policy, message in (("sparq:r=4:k=33", "--k 33"), ("topk", "--k 128"), ("h2o:budget=1/8", "--budget 1/8")):
+        with pytest.raises(UsageError, match=f"tg32: {message}.* is out of range"):
+            check_room(tiny, [Workload(n_gen=64, n_depth=99), Workload(n_gen=32)], [policy], ["f16"])
+
+
+@pytest.mark.parametrize("policy", ["window:budget=8", "tova:budget=8", "d2o:budget=8:sinks=1"])
+def test_a_bounded_policy_reads_no_more_at_depth(llama: Llama, policy: str) -> None:
+    near, far = (measure(llama, Workload(n_gen=2, n_depth=n), policy=policy, repetitions=2) for n in (20, 200))
+    assert near.kv_bytes_per_token == far.kv_bytes_per_token
+    dense = measure(llama, Workload(n_gen=2, n_depth=200), repetitions=1)
+    assert far.kv_bytes_per_token is not None
+    assert dense.kv_bytes_per_token is not None
+    assert far.kv_bytes_per_token < dense.kv_bytes_per_token / 10
+    assert far.policy == policy
+
+
 @pytest.mark.parametrize("device", ["cpu", "reference"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_bandwidth_is_a_positive_number(device: str, threads: int) -> None:
@@ -266,6 +284,36 @@ def test_columns_appear_with_their_flags(cli: Cli, tiny: Path) -> None:
     assert found == 2 * [("dense", kv, b, "tg2") for kv in ("f16", "f32") for b in ("1", "2")]
 
 
+POLICIES = "dense,sparq:r=4:k=16,lm-infinite:recent=20:sinks=3:limit=10,tova:budget=1/4"
+
+
+def test_policies_side_by_side(cli: Cli, tiny: Path) -> None:
+    flags = ("--device", "reference", "-r", 1, "-p", 0, "-n", 2, "-d", 62, "--policy", POLICIES)
+    lines = cli("bench", tiny, *flags).stdout.splitlines()
+    assert len({len(line) for line in lines}) == 1, "a long policy widens its column"
+    head, _, *rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    specs = ["dense", "sparq:r=4:k=16", "lm-infinite:sinks=3:recent=20:limit=10", "tova:budget=1/4"]
+    assert [row[head.index("policy")] for row in rows] == specs
+    records = json.loads(cli("bench", tiny, *flags, "-o", "json").stdout)
+    assert [r["policy"] for r in records] == specs
+    assert [r["policy_name"] for r in records] == ["dense", "sparq", "lm-infinite", "tova"]
+    assert records[0]["policy_parameters"] == {}
+    assert records[1]["policy_parameters"] == {
+        "r": 4, "k": 16, "local": None, "reallocate": "auto", "gqa": "sum-prob",
+    }  # fmt: skip
+    assert records[3]["policy_parameters"] == {"budget": "1/4", "compress": "oneshot", "per": "layer"}
+
+
+def test_flags_go_with_one_policy(cli: Cli, tiny: Path) -> None:
+    flags = ("bench", tiny, "--device", "reference", "-r", 1, "-p", 0, "-n", 2, "-d", 62)
+    records = json.loads(cli(*flags, "--policy", "sparq:r=4", "--k", 16, "-o", "json").stdout)
+    assert [r["policy"] for r in records] == ["sparq:r=4:k=16"]
+    result = cli(*flags, "--policy", "sparq,topk", "--k", 16)
+    assert (result.exit_code, "one --policy" in only_line(result.stderr)) == (2, True)
+    result = cli(*flags, "--k", 16)
+    assert (result.exit_code, "--policy dense" in only_line(result.stderr)) == (2, True)
+
+
 def test_json_has_the_fields_of_llama_bench(cli: Cli, tiny: Path) -> None:
     prompt, steps = json.loads(cli("bench", tiny, *SMALL, "-d", 5, "-o", "json").stdout)
     assert list(steps) == FIELDS + OWN_FIELDS + ["samples_ns", "samples_ts"]
@@ -285,7 +333,7 @@ def test_csv_and_jsonl_hold_the_same_records(cli: Cli, tiny: Path) -> None:
     lines = [json.loads(line) for line in cli("bench", tiny, *flags, "-o", "jsonl").stdout.splitlines()]
     assert [(r["n_prompt"], r["n_gen"]) for r in lines] == 2 * [(4, 0), (0, 2), (0, 3), (0, 5)]
     rows = list(csv.DictReader(cli("bench", tiny, *flags, "-o", "csv").stdout.splitlines()))
-    assert list(rows[0]) == FIELDS + OWN_FIELDS
+    assert list(rows[0]) == [name for name in FIELDS + OWN_FIELDS if name != "policy_parameters"]
     assert [(r["n_prompt"], r["n_gen"]) for r in rows] == [(str(r["n_prompt"]), str(r["n_gen"])) for r in lines]
     assert rows[0]["bytes_per_token"] == ""
     assert float(rows[1]["bytes_per_token"]) == lines[1]["bytes_per_token"]

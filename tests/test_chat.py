@@ -206,7 +206,7 @@ def test_system_and_clear(llama: Llama, capsys: pytest.CaptureFixture[str]) -> N
 def test_set_shows_changes_and_refuses(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     c = chat(llama)
     assert re.search(r"top-k +40", said(c, capsys, "/set"))
-    for line in ("/set temp 0.5", "/set top-k 7", "/set --min-p=0.2", "/set seed 4", "/set max-tokens 9"):
+    for line in ("/set temp = 0.5", "/set top-k 7", "/set --min-p=0.2", "/set seed 4", "/set max-tokens 9"):
         assert said(c, capsys, line) == ""
     assert c.sampling == Sampling(temperature=0.5, top_k=7, min_p=0.2, seed=4)
     assert c.max_tokens == 9

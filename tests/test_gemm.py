@@ -104,12 +104,12 @@ def attended(q: np.ndarray, k: np.ndarray, v: np.ndarray, start: int, window: in
     f = FORMATS["F16" if k.dtype == np.float16 else "F32"]
     size = attention_scratch(tokens, group, d)
     scratch, out = np.full(size + 64, np.nan, np.float32), np.full_like(q, np.nan)
+    rows, between = [a.view(f.dtype).reshape(-1, d) for a in (k, v)], k.shape[1]
+    lse, scale, stop = np.empty((0, 0), np.float32), 1.0 / math.sqrt(d), start + n
     for token in range(0, n, tokens):
         for head in range(len(k)):
-            count = min(tokens, n - token)
-            stores = k.view(f.dtype), v.view(f.dtype)
-            scale = 1.0 / math.sqrt(d)
-            attend_block(q, *stores, head, token, count, start, window, scale, scratch[:size], out)
+            block = head, token, min(tokens, n - token)
+            attend_block(q, *rows, between, group, *block, start, window, stop, scale, scratch[:size], out, lse)
     assert np.isnan(scratch[size:]).all()
     return out
 

@@ -16,7 +16,7 @@ from kernels_cpu.activations import quantize
 from kernels_cpu.integer_products import HAS_WORDS
 from kernels_cpu.ops import FEW_ROWS
 from minirt.gguf_file import TENSOR_TYPES
-from minirt.ops import KV
+from minirt.ops import KV, Far
 from minirt.reference import ReferenceOps, silu
 from minirt.reference.attention import turn as rotate
 from minirt.rope import Rope
@@ -323,6 +323,67 @@ def test_attend_chunk(
     assert_close(ours, truth, 2e-6)
 
 
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize(("n_head", "n_head_kv", "d"), HEADS)
+@pytest.mark.parametrize("slots", [2, 63, 65, 600])
+def test_attend_to_far_slots(ops: Any, store: str, n_head: int, n_head_kv: int, d: int, slots: int) -> None:
+    """Some of them, none, only these, nothing at all."""
+    first = np.array([min(slots, 4), slots // 3, slots, 1], np.int32)
+    stop, far = np.array([slots, slots, slots, 1], np.int32), np.array([min(slots, 4), 0, slots - 1, 0], np.int32)
+    q, other, outs = normal(4, n_head, d, seed=99) * 3, normal(4, n_head, d, seed=98) * 3, []
+    for device in (ops, TRUTH):
+        kv = filled(device, store, 4, n_head_kv, slots, d)
+        outs.append(device.to_host(device.attend(q, kv, first, stop, Far(other, far))))
+    assert_close(*outs)
+    assert not outs[0][3].any()
+    same = ops.to_host(ops.attend(q, filled(ops, store, 4, n_head_kv, slots, d), first, stop, Far(q, first)))
+    assert_close(same, TRUTH.attend(q, filled(TRUTH, store, 4, n_head_kv, slots, d), 0 * stop, stop))
+
+
+CUT_CHUNKS = [
+    (10, 20, 0, 12), (-5, 20, 0, None), (-5, 20, 0, 9), (-5, 20, 4, 9), (-30, 20, 0, 0), (30, 20, 7, 25),
+    (30, 20, 7, 33), (3, 60, 16, 40), (60, 1, 0, 10), (60, 1, 5, 10), (-1, 1, 0, 0), (-100, 170, 50, 64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize(("n_head", "n_head_kv", "d"), HEADS)
+@pytest.mark.parametrize(("start", "n", "window", "stop"), CUT_CHUNKS)
+def test_attend_chunk_to_some_slots(
+    ops: Any, store: str, n_head: int, n_head_kv: int, d: int, start: int, n: int, window: int, stop: int | None
+) -> None:
+    """Rows before the first slot, slots that are not seen, rows that see nothing; a part of a cache."""
+    q, found = normal(n, n_head, d, seed=99) * 3, []
+    for device in (ops, TRUTH):
+        kv, lse = filled(device, store, 2, n_head_kv, 90, d), np.zeros((n, n_head), np.float32)
+        some = KV(kv.k[:, :, 10:], kv.v[:, :, 10:])
+        found.append((device.to_host(device.attend_chunk(q, some, 1, start, window, stop, lse)).copy(), lse))
+    (ours, lse), (truth, true_lse) = found
+    if truth.any():
+        assert_close(ours, truth, 2e-6)
+    empty = np.isneginf(true_lse)
+    assert np.array_equal(np.isneginf(lse), empty)
+    assert not ours[empty].any()
+    assert np.allclose(lse[~empty], true_lse[~empty], atol=2e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("start", "n"), [(40, 33), (0, 30), (10, 60)])
+def test_joined_attention_is_the_whole(ops: Any, start: int, n: int) -> None:
+    """Slots before 20 and from 20 on, of which some rows see nothing."""
+    q = normal(n, 6, 64) * 3
+    for device in (ops, TRUTH):
+        kv = filled(device, "f16", 1, 2, 80, 64)
+        late = KV(kv.k[:, :, 20:], kv.v[:, :, 20:])
+        lse, other_lse = (device.zeros((n, 6), np.dtype(np.float32)) for _ in range(2))
+        out = device.concatenate([device.attend_chunk(q, kv, 0, start, 0, min(20, start + n), lse)])
+        other = device.concatenate([device.attend_chunk(q, late, 0, start - 20, 0, None, other_lse)])
+        device.join_attention(out, lse, other, other_lse)
+        assert_close(device.to_host(out), TRUTH.attend_chunk(q, filled(TRUTH, "f16", 1, 2, 80, 64), 0, start), 2e-6)
+        nothing = device.zeros((n, 6, 64), np.dtype(np.float32))
+        device.join_attention(nothing, lse * 0 - np.inf, 0 * other, lse * 0 - np.inf)
+        assert not device.to_host(nothing).any()
+
+
 @pytest.mark.parametrize("window", [0, 9])
 def test_a_chunk_is_its_steps(window: int) -> None:
     """Row t of a chunk sees what a decode step at its slot would see."""
@@ -386,7 +447,8 @@ def test_what_does_not_fit_is_refused(device: Any) -> None:
         lambda: device.attend(normal(2, 4, 32), kv, np.zeros(2, np.int32), np.ones(2, np.int32)),
         lambda: device.attend_chunk(q, kv, 0, 9, 0),
         lambda: device.attend_chunk(q, kv, 2, 0, 0),
-        lambda: device.attend_chunk(q, kv, 0, -1, 0),
+        lambda: device.attend_chunk(q, kv, 0, -3, 0),
+        lambda: device.attend_chunk(q, kv, 0, 0, -1),
         lambda: device.attend_chunk(normal(2, 3, 64), kv, 0, 0, 0),
     ]  # fmt: skip
     for call in bad:

@@ -20,8 +20,14 @@ from minirt.perplexity import (
     Perplexity,
     base_size,
     cut_windows,
+    decoded_logits,
+    dense_log_probs,
     encode_log_probs,
+    first_scored,
+    log_sum_exp,
     row_codes,
+    score,
+    together,
     window_logits,
     write_header,
 )
@@ -57,6 +63,99 @@ def test_a_file_without_bos_keeps_the_first_token(tiny: Path) -> None:
         expected = llama.logits(range(100, 133))
         found = np.concatenate([p[0] for p in window_logits(llama, np.arange(100, 133))])
         np.testing.assert_allclose(found, expected[16:32], atol=1e-5)
+
+
+# -- the decode path ---------------------------------------------------------------------------------------------------
+
+POLICIES = [
+    "dense", "sparq:r=4:k=8", "sparq:r=4:k=8:reallocate=on", "topk:k=8", "window:budget=8", "streaming:budget=12",
+    "lm-infinite:sinks=3:recent=8", "h2o:budget=10", "tova:budget=9", "tova:budget=9:compress=stepwise",
+    "d2o:budget=10:sinks=2", "d2o-code:budget=10:sinks=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def windows() -> np.ndarray:
+    return np.random.default_rng(7).integers(3, 259, (5, 32)).astype(np.int32)
+
+
+def joined(parts: Iterator[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    return np.stack([logits for logits, _ in parts], axis=1)
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_windows_decoded_together_are_as_each_alone(
+    tiny_spm: Path, windows: np.ndarray, policy: str, device: str
+) -> None:
+    with Llama.load(tiny_spm, device=device, kv="f32", n_ctx=32, policy=policy) as llama:
+        found = joined(decoded_logits(llama, windows))
+        alone = [joined(decoded_logits(llama, windows[i : i + 1])) for i in range(len(windows))]
+        assert found.shape == (5, 15, llama.config.n_vocab)
+        np.testing.assert_allclose(found, np.concatenate(alone), atol=1e-4)
+
+
+def test_dense_attention_decodes_what_it_reads(llama: Llama, windows: np.ndarray) -> None:
+    read = np.stack([np.concatenate([logits for logits, _ in window_logits(llama, w)]) for w in windows])
+    np.testing.assert_allclose(joined(decoded_logits(llama, windows)), read, atol=1e-4)
+    tokens = np.stack([tokens for _, tokens in decoded_logits(llama, windows)], axis=1)
+    assert tokens.tolist() == windows[:, 17:].tolist()
+
+
+@pytest.mark.parametrize("policy", POLICIES[1:-1])  # d2o-code cuts neither of two layers
+def test_a_policy_acts_at_every_step(llama: Llama, windows: np.ndarray, policy: str) -> None:
+    """As a session does that is fed the first half of a window and then token by token."""
+    window = windows[0]
+    llama.set_policy(policy)
+    try:
+        found = joined(decoded_logits(llama, windows[:1]))[0]
+        fed = [llama.tokenizer.bos_id, *window[1:].tolist()]
+        llama.session.feed(fed[:16])  # type: ignore[arg-type]
+        expected = np.stack([llama.session.step(token) for token in fed[16:31]])  # type: ignore[arg-type]
+    finally:
+        llama.set_policy("dense")
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    dense = joined(decoded_logits(llama, windows[:1]))[0]
+    assert np.abs(found - dense).max() > 1e-2
+
+
+def test_the_base_is_held_in_blocks(llama: Llama, windows: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = list(dense_log_probs(llama, windows))
+    assert len(whole) == 31 - first_scored(32)
+    logits = joined(decoded_logits(llama, windows))
+    highest, log_sum = log_sum_exp(logits.reshape(-1, llama.config.n_vocab))
+    expected = logits.reshape(-1, llama.config.n_vocab) - (highest + log_sum)[:, None]
+    np.testing.assert_allclose(np.stack(whole, axis=1).reshape(expected.shape), expected, atol=1e-4)
+    allocated: list[int] = []
+    empty = np.empty
+
+    def counted(shape: tuple[int, ...], dtype: type) -> np.ndarray:
+        allocated.append(4 * math.prod(shape))
+        return empty(shape, dtype)
+
+    limit = 4 * llama.config.n_vocab * len(windows) * 4  # of 4 positions
+    monkeypatch.setattr("minirt.perplexity.LOGITS_BYTES", limit)
+    monkeypatch.setattr("minirt.perplexity.np.empty", counted)
+    parts = [part.copy() for part in dense_log_probs(llama, windows)]
+    assert max(size for size in allocated if size >= limit) == limit
+    monkeypatch.undo()
+    for part, one in zip(parts, whole, strict=True):
+        np.testing.assert_allclose(part, one, atol=1e-5)
+
+
+def test_rows_count_all_windows_one_after_the_other(llama: Llama, windows: np.ndarray) -> None:
+    for decode in (False, True):
+        rows = [s.rows for group in (slice(0, 2), slice(2, 5)) for s in score(llama, windows, group, decode)]
+        assert sorted(np.concatenate(rows).tolist()) == list(range(5 * 15))
+
+
+def test_as_many_windows_together_as_memory_holds(llama: Llama, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = llama.decoder.policy.plan(llama.config, 32, *2 * [llama.session.cache.plan.k_store]).nbytes(llama.config)
+    for free, expected in ((1 << 40, 8), (2 * 3 * one, 3), (0, 1)):
+        monkeypatch.setattr("minirt.perplexity.available_memory", lambda free=free: free)
+        assert together(llama, 32) == expected
+    monkeypatch.setattr("minirt.perplexity.available_memory", lambda: 2 * 6 * one)
+    assert together(llama, 32, dense=True) == 3, "the cache of dense attention is another"
 
 
 def test_perplexity_and_its_error_by_hand() -> None:
@@ -107,7 +206,7 @@ def test_divergence_by_hand(tmp_path: Path) -> None:
     path = base_file(tmp_path / "base", np.log(p).astype(np.float32) - 2, np.zeros((1, 6), np.int32))
     divergence = Divergence()
     base = BaseFile(path)
-    divergence.add(np.log(q).astype(np.float32) + 5, np.array([0, 2]), base.read(2))
+    divergence.add(np.log(q).astype(np.float32) + 5, np.array([0, 2]), base.read([0, 1]))
     base.close()
     s = divergence.statistics()
     kld = (p * np.log(p / q)).sum(axis=1)
@@ -157,6 +256,56 @@ def test_a_model_does_not_diverge_from_itself_but_from_another(cli: Cli, tiny: P
     assert far.exit_code == 0, far.stderr
     assert "Mean    KLD:" in far.stdout
     assert float(far.stdout.split("Mean    KLD:")[1].split()[0]) > 0.1
+
+
+def figures(cli: Cli, *args: object) -> dict[str, float]:
+    result = cli("perplexity", *args, *FLAGS, "--json")
+    assert result.exit_code == 0, result.stderr
+    found: dict[str, float] = json.loads(result.stdout)
+    return found
+
+
+def test_a_policy_is_compared_with_dense_attention(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    text, base = ("-f", VERSES, "--chunks", 9), tmp_path / "base.kld"
+    dense, decoded = figures(cli, tiny, *text), figures(cli, tiny, *text, "--decode")
+    assert decoded["ppl"] == pytest.approx(dense["ppl"], rel=1e-5)
+    assert (dense["decode"], decoded["decode"]) == (False, True)
+    policy = ("--policy", "tova", "--budget", 16)
+    alone, found = figures(cli, tiny, *text, *policy), figures(cli, tiny, *text, *policy, "--kld")
+    assert (found["policy"], found["base"], found["decode"]) == ("tova:budget=16", "dense", True)
+    assert found["n_scored"] == alone["n_scored"] == 9 * 31
+    assert found["ppl"] == pytest.approx(alone["ppl"], rel=1e-6)
+    assert found["ppl_base"] == pytest.approx(dense["ppl"], rel=1e-6)
+    assert found["kld"] > 0.01
+    assert found["same_top"] < 1
+    figures(cli, tiny, *text, "--kld", base)  # saves it
+    saved = figures(cli, tiny, "--kld", base, *policy)
+    assert saved["kld"] == pytest.approx(found["kld"], rel=1e-3)
+    assert saved["same_top"] == found["same_top"]
+
+
+def test_a_full_budget_does_not_diverge_and_a_base_of_a_policy_is_what_it_decodes(
+    cli: Cli, tiny: Path, tmp_path: Path
+) -> None:
+    text, base = ("-f", VERSES, "--chunks", 3), tmp_path / "base.kld"
+    for policy in ("h2o:budget=64", "sparq:r=16:k=64"):
+        found = figures(cli, tiny, *text, "--policy", policy, "--kld")
+        assert abs(found["kld"]) < 1e-6
+        assert found["same_top"] == 1
+    assert abs(figures(cli, tiny, *text, "--decode", "--kld")["kld"]) < 1e-6
+    figures(cli, tiny, *text, "--policy", "window:budget=8", "--kld", base)
+    same = figures(cli, tiny, "--kld", base, "--policy", "window:budget=8")
+    assert abs(same["kld"]) < 1e-6
+    assert figures(cli, tiny, "--kld", base)["kld"] > 0.01, "read as a prompt, by dense attention"
+
+
+def test_figures_come_by_groups_of_windows(cli: Cli, tiny: Path) -> None:
+    flags = ("perplexity", tiny, "-f", VERSES, *FLAGS, "--chunks", 11, "--policy", "window:budget=8")
+    result = cli(*flags)
+    assert [part.split("]")[0] for part in result.stdout.splitlines()[0].split(",") if part] == ["[8", "[11"]
+    assert "11 windows of 64 tokens" in result.stderr
+    rows = cli(*flags, "--kld").stdout.splitlines()[1:3]
+    assert [row.split()[0] for row in rows] == ["8", "11"]
 
 
 def test_the_first_base_is_complete_or_not_there(tiny: Path, tmp_path: Path) -> None:
@@ -299,6 +448,11 @@ def test_a_base_that_does_not_fit(cli: Cli, tiny: Path, tiny_spm: Path, tmp_path
     ("flags", "code", "message"),
     [
         ((), 2, "no text"),
+        (("--kld",), 2, "no text: give -f FILE"),
+        (("--policy", "tova", "--kld"), 2, "no text: give -f FILE"),
+        (("--kld", "--policy", "tova"), 2, "no text: give -f FILE"),
+        (("-f", VERSES, "--kld"), 2, "give another --policy, or --decode"),
+        (("-f", VERSES, "-c", "64", "--policy", "sparq:r=4", "--kld"), 2, "--k 128 is out of range (1 to 64"),
         (("--kld", "nowhere.kld"), 2, "no text"),
         (("-f", "nowhere.txt"), 1, "nowhere.txt"),
         (("-f", "."), 1, "."),

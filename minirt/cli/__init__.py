@@ -19,6 +19,7 @@ from ..errors import ModelError, UsageError
 from ..version import __version__
 from .bench import bench
 from .chat import chat
+from .eval import evaluate
 from .info import info
 from .perplexity import perplexity
 from .run import run
@@ -112,5 +113,5 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (chat, run, info, bench, perplexity, tokenize, warmup):
+for _command in (chat, run, info, bench, perplexity, evaluate, tokenize, warmup):
     main.add_command(_command)

@@ -13,6 +13,7 @@ from ..errors import UsageError
 from ..progress import Progress
 from .bench_output import FORMATS, open_output
 from .options import Engine
+from .policy_flags import PolicyCommand
 
 MAX_NUMBER = 1 << 24
 MAX_NUMBERS = 1000  # in one list
@@ -100,13 +101,16 @@ def _list(
 
 
 @click.command(
+    cls=PolicyCommand,
     epilog="""\b
 Examples:
   minirt bench
   minirt bench a.gguf b.gguf -p 512 -n 128 -r 3
   minirt bench model.gguf -p 0 -n 64 -d 0,1024,4096 -t 1,2
   minirt bench model.gguf -p 0 -n 32 -b 1-8*2 -o jsonl > speed.jsonl
-"""
+  minirt bench -p 0 -n 32 -d 4096 --policy dense,sparq:r=16:k=64,tova:budget=512
+  minirt bench -p 0 -n 32 -d 4096 --policy streaming --sinks 4 --recent 508
+""",
 )
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
 @_list("-p --n-prompt prompts", "512", "Prompt processing, N tokens (pp); 0: none.", _numbers(0))
@@ -115,7 +119,13 @@ Examples:
 @_list("-d --n-depth depths", "0", "Tokens in the context before the test begins.", _numbers(0))
 @_list("-b --batch sequences", "1", "Sequences that are generated together, a token of each per step.", _numbers(1))
 @_list("-t --threads", "", "CPU threads.", _numbers(1, _usable_cpus), "physical cores")
-@_list("--policy policies", "dense", "Which cached tokens are kept and read.", _names, metavar="NAME,...")
+@_list(
+    "--policy policies",
+    "dense",
+    "Which cached tokens are kept and read, also as NAME:r=16.",
+    _names,
+    metavar="NAME,...",
+)
 @_list("--kv kvs", "f16", "How keys and values are stored: f16 or f32.", _names, metavar="TYPE,...")
 @click.option(
     "--device", default="auto", metavar="NAME",
@@ -139,6 +149,7 @@ def bench(
     sequences: list[int],
     threads: list[int],
     policies: list[str],
+    flags: list[tuple[str, str]],
     kvs: list[str],
     device: str,
     repetitions: int,
@@ -157,21 +168,29 @@ def bench(
     from ..bench import all_workloads, check_room, measure, read_bandwidth, record
     from ..devices import physical_cores
     from ..llama import MIN_CONTEXT, default_model_path
+    from ..policies import parse_policy
 
+    if flags and len(policies) > 1:
+        raise UsageError("flags of a policy go with one --policy; of several each has its own: sparq:r=16,topk:k=64")
+    chosen = [parse_policy(policy, flags) for policy in policies]
     workloads = all_workloads(prompts, gens, pairs, depths, sequences)
     if not workloads:
         raise UsageError("nothing to measure: -p and -n are 0")
     paths = models or (str(default_model_path()),)
     for path in paths:
-        check_room(path, workloads, policies, kvs)
+        check_room(path, workloads, chosen, kvs)
     shown = {"policy": policies != ["dense"], "kv": kvs != ["f16"], "batch": sequences != [1]}
-    with open_output(output, {name for name, wanted in shown.items() if wanted}) as write:
+    columns, width = {name for name, wanted in shown.items() if wanted}, max(len(str(policy)) for policy in chosen)
+    with open_output(output, columns, width) as write:
         for path, n_threads in itertools.product(paths, threads or (physical_cores(),)):
-            with Engine(policies[0], kvs[0], device, n_threads, MIN_CONTEXT).load(path) as llama:
+            with Engine("dense", kvs[0], device, n_threads, MIN_CONTEXT).load(path) as llama:
+                with Progress("compiling kernels for this CPU"):
+                    for policy in chosen:
+                        llama.warm_up(policy)
                 with Progress("measuring memory bandwidth"):
                     limit = read_bandwidth(n_threads, llama.decoder.ops.name)
-                for policy, kv, workload in itertools.product(policies, kvs, workloads):
-                    with Progress(f"measuring {workload}", " tokens") as progress:
+                for policy, kv, workload in itertools.product(chosen, kvs, workloads):
+                    with Progress(f"measuring {workload}, {policy}", " tokens") as progress:
                         result = measure(
                             llama,
                             workload,

@@ -14,10 +14,10 @@ import click
 Record = dict[str, Any]  # of minirt.bench.record
 FORMATS = ("md", "csv", "json", "jsonl")
 
-_SAMPLES = ("samples_ns", "samples_ts")  # lists, which a cell of a table cannot hold
+_NESTED = ("policy_parameters", "samples_ns", "samples_ts")  # which a cell of a table cannot hold
 
 
-class _Column(NamedTuple):
+class Column(NamedTuple):
     """Of the Markdown table: a right-aligned one ends its rule with a colon."""
 
     title: str
@@ -27,27 +27,27 @@ class _Column(NamedTuple):
 
 
 _COLUMNS = (
-    _Column("model", 24, False, lambda r: r["model_type"]),
-    _Column("size", 10, True, lambda r: _size(r["model_size"])),
-    _Column("params", 10, True, lambda r: _count(r["model_n_params"])),
-    _Column("backend", 10, False, lambda r: r["backends"]),
-    _Column("threads", 7, True, lambda r: str(r["n_threads"])),
-    _Column("policy", 10, False, lambda r: r["policy"]),
-    _Column("kv", 4, False, lambda r: r["type_k"]),
-    _Column("batch", 5, True, lambda r: str(r["n_sequences"])),
-    _Column("test", 15, True, lambda r: _test(r)),
-    _Column("t/s", 18, True, lambda r: f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}"),
-    _Column("GB/s", 7, True, lambda r: _number(r["bytes_per_second"], 1e9, 2)),
-    _Column("% of bandwidth", 14, True, lambda r: _number(r["percent_of_memory"], 1, 1)),
+    Column("model", 24, False, lambda r: r["model_type"]),
+    Column("size", 10, True, lambda r: _size(r["model_size"])),
+    Column("params", 10, True, lambda r: _count(r["model_n_params"])),
+    Column("backend", 10, False, lambda r: r["backends"]),
+    Column("threads", 7, True, lambda r: str(r["n_threads"])),
+    Column("policy", 10, False, lambda r: r["policy"]),
+    Column("kv", 4, False, lambda r: r["type_k"]),
+    Column("batch", 5, True, lambda r: str(r["n_sequences"])),
+    Column("test", 15, True, lambda r: _test(r)),
+    Column("t/s", 18, True, lambda r: f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}"),
+    Column("GB/s", 7, True, lambda r: _number(r["bytes_per_second"], 1e9, 2)),
+    Column("% of bandwidth", 14, True, lambda r: _number(r["percent_of_memory"], 1, 1)),
 )
 OPTIONAL = ("policy", "kv", "batch")
 
 
 @contextlib.contextmanager
-def open_output(kind: str, optional: Collection[str]) -> Iterator[Callable[[Record], None]]:
+def open_output(kind: str, optional: Collection[str], policy_width: int = 0) -> Iterator[Callable[[Record], None]]:
     """Yields a function that prints one record; json comes as a whole, also when an error or Ctrl-C ends the run.
 
-    optional: which of the columns policy, kv and batch the Markdown table has.
+    optional: which of the columns policy, kv and batch the Markdown table has. policy_width: of the longest policy.
     """
     if kind == "json":
         records: list[Record] = []
@@ -61,16 +61,17 @@ def open_output(kind: str, optional: Collection[str]) -> Iterator[Callable[[Reco
     elif kind == "csv":
         yield _Csv()
     else:
-        yield _Markdown([c for c in _COLUMNS if c.title not in OPTIONAL or c.title in optional])
+        columns = [c for c in _COLUMNS if c.title not in OPTIONAL or c.title in optional]
+        yield Markdown([c._replace(width=max(c.width, policy_width)) if c.title == "policy" else c for c in columns])
 
 
 class _Csv:
-    """A header and a line per record, as llama-bench's without the samples; what does not apply is empty."""
+    """A header and a line per record, as llama-bench's but flat; what does not apply is empty."""
 
     begun = False
 
     def __call__(self, record: Record) -> None:
-        row = {name: value for name, value in record.items() if name not in _SAMPLES}
+        row = {name: value for name, value in record.items() if name not in _NESTED}
         text = io.StringIO()
         writer = csv.DictWriter(text, row, lineterminator="\n")
         if not self.begun:
@@ -80,8 +81,8 @@ class _Csv:
         click.echo(text.getvalue(), nl=False)
 
 
-class _Markdown:
-    def __init__(self, columns: list[_Column]):
+class Markdown:
+    def __init__(self, columns: list[Column]):
         self.columns, self.begun = columns, False
 
     def __call__(self, record: Record) -> None:

@@ -16,6 +16,7 @@ from .chat_commands import execute
 from .conversation import Conversation
 from .lines import open_lines, read_message
 from .options import Engine, answer_options, engine_options, model_argument, sampling_options, stats_option
+from .policy_flags import PolicyCommand
 from .terminal import argument_text, describe, for_stdout, one_line, read_file, say, stdin_is_terminal
 
 if TYPE_CHECKING:
@@ -27,12 +28,14 @@ MAX_SYSTEM = 1 << 20  # bytes
 
 
 @click.command(
+    cls=PolicyCommand,
     epilog="""\b
 Examples:
   minirt chat
   minirt chat model.gguf --system "Answer like a pirate." --temp 0.5
+  minirt chat --ctx 100000 --policy streaming --budget 2048 --pin-system
   printf 'Name a colour.\\nAnother one.\\n' | minirt chat --no-stats
-"""
+""",
 )
 @model_argument
 @click.option("--system", metavar="TEXT", help="The system prompt.")
@@ -40,6 +43,7 @@ Examples:
 @answer_options(-1, "At most N tokens an answer.", "-1, until the model ends")
 @sampling_options
 @engine_options()
+@click.option("--pin-system", is_flag=True, help="No policy evicts the system prompt and the template's head.")
 @click.option("--show-template", is_flag=True, help="Print the chat template and exit.")
 @stats_option
 def chat(
@@ -50,6 +54,7 @@ def chat(
     stop: tuple[str, ...],
     sampling: Sampling,
     engine: Engine,
+    pin_system: bool,
     show_template: bool,
     stats: bool,
 ) -> int:
@@ -66,7 +71,7 @@ def chat(
     if system_file is not None:
         text = read_file(system_file, MAX_SYSTEM).decode(errors="replace").rstrip("\n")
     with engine.load(model) as llama:
-        return Chat(llama, Conversation(llama, text), sampling, max_tokens, stop, stats).loop()
+        return Chat(llama, Conversation(llama, text), sampling, max_tokens, stop, stats, pin_system).loop()
 
 
 class Chat:
@@ -80,8 +85,9 @@ class Chat:
         max_tokens: int | None,
         stop: tuple[str, ...],
         stats: bool,
+        pin_system: bool = False,
     ):
-        self.llama, self.conversation = llama, conversation
+        self.llama, self.conversation, self.pin_system = llama, conversation, pin_system
         self.sampling, self.max_tokens, self.stop, self.stats = sampling, max_tokens, stop, stats
         self.interactive = stdin_is_terminal()
         self.last: Answer | None = None
@@ -167,6 +173,8 @@ class Chat:
                 f"the context is full: the conversation takes {len(prompt)} tokens, the context holds "
                 f"{self.llama.n_ctx}; /clear starts anew, --ctx makes it larger"
             )
+        if self.pin_system:
+            self.llama.session.pinned = self.llama.head_length(self.conversation.messages, prompt)
         return prompt
 
     def _sampling(self) -> Sampling:

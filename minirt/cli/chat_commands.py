@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ModelError, UsageError
+from ..progress import Progress
 from .answering import peak_memory, timings_line
 from .conversation import load_conversation, save_conversation
 from .terminal import one_line, say
@@ -83,14 +85,17 @@ def _system(chat: Chat, argument: str) -> None:
 
 @_command("/set", arguments="[NAME VALUE]")
 def _set(chat: Chat, argument: str) -> None:
-    """Sets a sampling parameter; alone, shows them all."""
+    """Sets a sampling parameter, or the KV policy: policy sparq:r=16:k=64. Alone, shows them all."""
     values = {**dataclasses.asdict(chat.sampling), "max_tokens": chat.max_tokens}
     if not argument:
         for name, value in values.items():
             say(f"  {name.replace('_', '-'):20} {value if value is not None else -1}")
+        say(f"  {'policy':20} {chat.llama.decoder.policy}")
         return
-    given, _, text = argument.replace("=", " ").partition(" ")
-    text = text.strip()
+    given, text = (part.strip() for part in re.split(r"\s*=\s*|\s+", f"{argument} ", maxsplit=1))
+    if given == "policy":
+        _set_policy(chat, text)
+        return
     name = given.lstrip("-").replace("-", "_")
     name = _SHORT.get(name, name)
     if name not in values:
@@ -117,22 +122,45 @@ def _set(chat: Chat, argument: str) -> None:
         raise UsageError(f"/set {given}: {value} is out of range (1 or more, or -1 for no limit)")
 
 
+def _set_policy(chat: Chat, text: str) -> None:
+    """Takes "sparq:r=16:k=64", "sparq r=16 k=64" and "sparq --r 16 --k 64". The next answer reads all of the
+    conversation anew."""
+    words = re.sub(r"--([\w-]+)[\s=]+", r"\1=", text).split()
+    try:
+        chat.llama.set_policy(":".join(words))
+    except UsageError as e:
+        raise UsageError(f"/set policy: {e}") from None
+    with Progress("compiling kernels for this CPU"):
+        chat.llama.warm_up()
+
+
 @_command("/stats")
 def _stats(chat: Chat, argument: str) -> None:
-    """What the last answer cost, and what the session holds."""
+    """What the last answer cost, what the session holds, and what a token reads."""
+    from ..policies import Dense
+
     llama, session = chat.llama, chat.llama.session
-    config, decoder = llama.config, session.decoder
-    n, plan = len(session.tokens), session.cache.plan
-    read = decoder.policy.bytes_read(config, plan, n)
-    say(f"  model            {one_line(config.name)}, {session.weight_bytes / 2**20:.1f} MiB of weights read per token")
-    say(f"  policy           {decoder.policy.name}, {read / 2**20:.1f} MiB of cache read per token")
+    config, policy, cache, plan = llama.config, llama.decoder.policy, session.cache, session.cache.plan
+    n, held, stores = len(session.tokens), policy.held(config, cache, session.seq), (plan.k_store, plan.v_store)
+    read = policy.bytes_read(config, plan, n)
+    dense = Dense().bytes_read(config, Dense().plan(config, session.n_ctx, *stores), n)
+    share = f", {100 * read / dense:.1f} % of dense" if dense else ""
+    say(f"  model            {one_line(config.name)}, {_mib(session.weight_bytes)} of weights read per token")
+    say(f"  policy           {policy}, {_mib(read)} of cache read per token{share}")
     say(f"  context          {n} of {session.n_ctx} tokens")
+    pinned = f", the first {session.pinned} pinned" if session.pinned else ""
+    say(f"  tokens held      {held} of {n} per layer{pinned}, {n - held} evicted")
     say(
-        f"  KV cache         {plan.nbytes(config) / 2**20:.1f} MiB when full ({plan.k_store.name}, {plan.v_store.name})"
+        f"  KV cache         {_mib(cache.nbytes(config, session.seq))}, {_mib(plan.nbytes(config))} when full "
+        f"({', '.join(store.name for store in stores)})"
     )
     say(f"  peak memory      {peak_memory() / 2**20:.0f} MiB")
-    if chat.last is not None:
+    if chat.last is not None and chat.last.timings.prompt_tokens:
         say(f"  last answer      {timings_line(chat.last.timings, n, session.n_ctx)}")
+
+
+def _mib(n: int) -> str:
+    return f"{n / 2**20:.1f} MiB"
 
 
 @_command("/show")

@@ -30,15 +30,16 @@ Examples:
 )
 @model_argument
 @click.option(
-    "--ctx", "-c", "n_ctx", type=click.IntRange(1, MAX_CONTEXT), metavar="N", help="Add N to the memory table."
+    "--ctx", "-c", "n_ctx", type=click.IntRange(1, MAX_CONTEXT), metavar="N", help="A context to tell the memory of."
 )
 @click.option("--show-template", is_flag=True, help="Print the chat template and nothing else.")
 @json_option
 def info(model: str | None, n_ctx: int | None, show_template: bool, as_json: bool) -> None:
     """Shows what is in a model file, and the memory it needs.
 
-    Hyper-parameters, tensor types, tokenizer, chat template, and the KV cache at several context lengths. The file is
-    checked as it is for use, but no weights are read. One that holds only a vocabulary will do.
+    Hyper-parameters, tensor types, tokenizer, chat template, the KV cache at several context lengths, and what each KV
+    policy holds and reads of it. The file is checked as it is for use, but no weights are read. One that holds only a
+    vocabulary will do.
     """
     from ..config import ModelConfig
     from ..gguf_file import GGUFFile
@@ -87,6 +88,7 @@ def _facts(file: GGUFFile, config: ModelConfig | None, tokenizer: Tokenizer, n_c
         },
         "chat_template": _template(file),
         "memory": _memory(config, n_ctx) if config else [],
+        "policies": _policies(config, n_ctx or config.n_ctx_train) if config else [],
     }
 
 
@@ -101,6 +103,26 @@ def _memory(config: ModelConfig, n_ctx: int | None) -> list[dict[str, int]]:
         {"n_ctx": n} | {name: policy.plan(config, n, store, store).nbytes(config) for name, store in STORES.items()}
         for n in sorted(lengths)
     ]
+
+
+def _policies(config: ModelConfig, n_ctx: int) -> list[dict[str, Any]]:
+    """What each KV policy that fits holds of a full context, and reads of it for a token: bytes, float16."""
+    from ..errors import UsageError
+    from ..policies import POLICIES, parse_policy
+    from ..stores import STORES
+
+    found, store = [], STORES["f16"]
+    for name in POLICIES:
+        policy = parse_policy(name)
+        try:
+            policy.check(config, n_ctx, store, store)
+        except UsageError:
+            continue
+        plan = policy.plan(config, n_ctx, store, store)
+        read = policy.bytes_read(config, plan, n_ctx)
+        held = max(plan.nbytes(config), read)  # a layer may turn out to need more than was planned
+        found.append({"policy": name, "n_ctx": n_ctx, "bytes_held": held, "bytes_read": read})
+    return found
 
 
 def _template(file: GGUFFile) -> str | None:
@@ -145,6 +167,10 @@ def _text(facts: dict[str, Any]) -> str:
         for row in facts["memory"]:
             cells = (f"{_size(row[s])} ({_size(row[s] + facts['weight_bytes'])})" for s in stores)
             lines.append(f"  {row['n_ctx']:7d}  " + "".join(f"{cell:>24}" for cell in cells))
+        lines += ["", f"KV policies at {facts['policies'][0]['n_ctx']} tokens, --kv f16"]
+        lines.append(f"  --policy    {'held':>12}{'read per token':>18}")
+        for row in facts["policies"]:
+            lines.append(f"  {row['policy']:12}{_size(row['bytes_held']):>12}{_size(row['bytes_read']):>18}")
     return "\n".join(lines)
 
 

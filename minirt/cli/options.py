@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +14,7 @@ from .terminal import argument_text, say
 
 if TYPE_CHECKING:
     from ..llama import Llama
+    from ..policies import Policy
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -28,7 +29,7 @@ stats_option = click.option(
 class Engine:
     """How to compute: what `Llama.load` takes besides the file."""
 
-    policy: str
+    policy: str | Policy
     kv: str
     device: str
     threads: int | None
@@ -68,10 +69,11 @@ class Engine:
 
 
 def engine_options(n_ctx: int = 0, templates: bool = True) -> Callable[[Command], Callable[..., Any]]:
-    """Adds --policy, --kv, --device, --threads, --ctx and --chat-template; the command takes them as `engine`."""
+    """Adds --policy, --kv, --device, --threads, --ctx and --chat-template to a PolicyCommand, which takes them and the
+    flags of its policy as `engine`."""
     ctx_default = str(n_ctx) if n_ctx else "the model's, at most 8192"
     options = [
-        _option("--policy", str, "dense", "Which cached tokens are kept and read.", metavar="NAME"),
+        _option("--policy", str, "dense", "Which cached tokens are kept and read, also as NAME:r=16.", metavar="NAME"),
         _option("--kv", str, "f16", "How keys and values are stored: f16 or f32.", metavar="TYPE"),
         _option("--device", str, "auto", "auto, cpu, gpu, or reference (NumPy: slow, exact).", metavar="NAME"),
         _option("--threads -t", int, None, "CPU threads.", "physical cores"),
@@ -81,7 +83,13 @@ def engine_options(n_ctx: int = 0, templates: bool = True) -> Callable[[Command]
         options.append(
             _option("--chat-template", str, None, "A Jinja template, not the file's own.", metavar="FILE|TEXT")
         )
-    return _gather("engine", options, Engine)
+    return _gather("engine", options, _engine, ["flags"])
+
+
+def _engine(policy: str, flags: list[tuple[str, str]], **values: Any) -> Engine:
+    from ..policies import parse_policy
+
+    return Engine(policy=parse_policy(policy, flags), **values)
 
 
 def sampling_options(command: Command) -> Callable[..., Any]:
@@ -123,11 +131,16 @@ def _option(names: str, kind: type, default: Any, text: str, shown: str = "", **
     return click.option(*names.split(), type=kind, default=default, help=text, **more)
 
 
-def _gather(name: str, options: list[Callable], make: Callable[..., Any]) -> Callable[[Command], Callable[..., Any]]:
-    """A decorator that adds options and hands them to the command as one value, `name` = make(**options)."""
+def _gather(
+    name: str, options: list[Callable], make: Callable[..., Any], others: Sequence[str] = ()
+) -> Callable[[Command], Callable[..., Any]]:
+    """A decorator that adds options and hands them to the command as one value, `name` = make(**options).
+
+    others: what make() takes besides, of what the command is given.
+    """
 
     def add(command: Command) -> Callable[..., Any]:
-        own: set[str] = set()
+        own = set(others)
 
         @functools.wraps(command)
         def gathered(**values: Any) -> Any:

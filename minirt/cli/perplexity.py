@@ -7,8 +7,9 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -19,23 +20,27 @@ from ..errors import ModelError, UsageError
 from ..progress import Progress
 from .files import whole_file
 from .options import Engine, engine_options, json_option, model_argument, positive_or_all
+from .policy_flags import PolicyCommand
 from .terminal import read_file, say
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..llama import Llama
+    from ..perplexity import Scored
 
 MAX_TEXT = 64 << 20  # bytes
 
 
 @click.command(
+    cls=PolicyCommand,
     epilog="""\b
 Examples:
   minirt perplexity model.gguf -f wiki.test.raw
   minirt perplexity exact-f16.gguf -f text.txt --chunks 20 --kld base.kld    save the base
   minirt perplexity small-q4.gguf --kld base.kld                             compare with it
-"""
+  minirt perplexity -f text.txt --policy sparq --r 16 --k 64 --kld           compare with dense attention
+""",
 )
 @model_argument
 @click.option("--file", "-f", "path", metavar="FILE", help="The text.")
@@ -44,33 +49,47 @@ Examples:
     help="Only the first N windows.  [default: -1, all]",
 )  # fmt: skip
 @click.option(
-    "--kld", metavar="FILE", type=click.Path(path_type=Path),
-    help="Log-probabilities of a base model, as llama-perplexity writes them: saved to FILE if it is not there, "
-    "else compared with.",
+    "--kld", metavar="[FILE]", is_flag=False, flag_value="",
+    help="Without FILE: compares the policy with dense attention. With it: log-probabilities of a base model, as "
+    "llama-perplexity writes them, saved to FILE if it is not there, else compared with.",
 )  # fmt: skip
+@click.option("--decode", is_flag=True, help="Decode what is scored step by step with dense attention too.")
 @engine_options(n_ctx=512, templates=False)
 @json_option
 def perplexity(
-    model: str | None, path: str | None, n_chunks: int | None, kld: Path | None, engine: Engine, as_json: bool
+    model: str | None,
+    path: str | None,
+    n_chunks: int | None,
+    kld: str | None,
+    decode: bool,
+    engine: Engine,
+    as_json: bool,
 ) -> None:
     """Measures how well a model predicts a text: its perplexity.
 
     The figures are llama-perplexity's. The text is cut into windows of --ctx tokens, and the second half of each is
-    predicted. With --kld the Kullback-Leibler divergence from a base model is measured too, on the windows saved in
-    the base file.
+    predicted. With --kld the Kullback-Leibler divergence from a base is measured too: from the same model with dense
+    attention, or from another model on the windows saved in its base file.
+
+    With dense attention the second half is read as a prompt. A policy acts on what is generated: then the first half is
+    the prompt, and the tokens of the second are decoded one by one as if they had been generated.
     """
-    compare = kld is not None and kld.exists()
+    base = Path(kld) if kld else None
+    compare = base is not None and base.exists()
     if path is None and not compare:
-        raise UsageError("no text: give -f FILE" + (f" (there is no {kld} to compare with)" if kld else ""))
+        raise UsageError("no text: give -f FILE" + (f" (there is no {base} to compare with)" if base else ""))
+    if kld == "" and not _decodes(engine, decode):
+        raise UsageError("--kld without FILE compares with dense attention: give another --policy, or --decode")
     text = read_file(path, MAX_TEXT) if path is not None else None
     report = _Report(as_json)
     if compare:
-        assert kld is not None
+        assert base is not None
         given = click.get_current_context().get_parameter_source("n_ctx") is not ParameterSource.DEFAULT
-        result = _compare(model, text, n_chunks, kld, engine, engine.n_ctx if given else None, report)
+        result = _compare(model, text, n_chunks, base, engine, decode, engine.n_ctx if given else None, report)
     else:
         assert text is not None
-        result = _measure(model, text, n_chunks, kld, engine, report)
+        measure = _compare_with_dense if kld == "" else partial(_measure, save=base)
+        result = measure(model, text, n_chunks, engine, decode, report)
     if as_json:
         click.echo(json.dumps(result, indent=1))
 
@@ -81,26 +100,28 @@ class _Report:
     def __init__(self, as_json: bool):
         self.as_json = as_json
         self.progress = Progress("scoring", " windows")
-        self.n, self.n_ctx, self.begun = 0, 0, 0.0
+        self.n, self.n_ctx, self.begun, self.first = 0, 0, 0.0, True
 
-    def windows(self, windows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields (number from 1, window); the caller answers each with `scored`."""
+    def groups(self, windows: np.ndarray, size: int) -> Iterator[slice]:
+        """Yields which windows come next, `size` at a time; the caller answers each with `scored`."""
         self.n, self.n_ctx = windows.shape
         with self.progress:
             self.begun = time.perf_counter()
-            yield from enumerate(windows, 1)
+            for start in range(0, self.n, size):
+                self.first = start == 0
+                yield slice(start, min(start + size, self.n))
 
-    def scored(self, i: int, text: str, nl: bool = True) -> None:
-        """The figures after window i. The first tells how long the others will take: on a line before the figures."""
-        if i == 1 and self.n > 1:
-            each = time.perf_counter() - self.begun
+    def scored(self, done: int, text: str, nl: bool = True) -> None:
+        """The figures after so many windows. The first tell how long the others will take: on a line before them."""
+        if self.first and done < self.n:
+            each = (time.perf_counter() - self.begun) / done
             self.progress.close()
             say(
                 f"{self.n} windows of {self.n_ctx} tokens, {each:.1f} s each: about {_duration(self.n * each)}",
                 faint=True,
             )
         if self.as_json and sys.stderr is not None and sys.stderr.isatty():
-            self.progress(i, self.n)
+            self.progress(done, self.n)
         self.write(text, nl=nl)
 
     def write(self, text: str, nl: bool = True) -> None:
@@ -114,28 +135,40 @@ class _Report:
             raise
 
 
-def _measure(
-    model: str | None, text: bytes, n_chunks: int | None, save: Path | None, engine: Engine, report: _Report
-) -> dict[str, Any]:
-    with engine.load(model) as llama:
-        from .. import perplexity as scoring
+def _decodes(engine: Engine, decode: bool) -> bool:
+    """Whether what is scored is decoded step by step."""
+    return decode or str(engine.policy) != "dense"
 
+
+def _measure(
+    model: str | None,
+    text: bytes,
+    n_chunks: int | None,
+    engine: Engine,
+    decode: bool,
+    report: _Report,
+    save: Path | None = None,
+) -> dict[str, Any]:
+    from .. import perplexity as scoring
+
+    decode = _decodes(engine, decode)
+    with engine.load(model) as llama:
         windows = scoring.cut_windows(_tokens(llama, text), llama.n_ctx, n_chunks)
         running = scoring.Perplexity()
         with _base_file(save, windows.shape, llama.config.n_vocab) as base:
             if base is not None:
                 scoring.write_header(base, windows, llama.config.n_vocab)
-            for i, window in report.windows(windows):
-                for logits, tokens in scoring.window_logits(llama, window):
-                    running.add(logits, tokens)
+            for group in report.groups(windows, scoring.together(llama, llama.n_ctx) if decode else 1):
+                for scored in scoring.score(llama, windows, group, decode):
+                    running.add(scored.logits, scored.tokens)
                     if base is not None:
-                        base.write(scoring.encode_log_probs(logits).tobytes())
-                report.scored(i, f"[{i}]{running.value:.4f},", nl=False)
+                        scoring.write_rows(base, windows, scored)
+                report.scored(group.stop, f"[{group.stop}]{running.value:.4f},", nl=False)
         report.write("")
         report.write(f"Final estimate: PPL = {running.value:.4f} +/- {running.error:.5f}")
         if save is not None:
             say(f"saved {save}: compare another model with minirt perplexity OTHER --kld {save}")
-        return _header(llama, engine, windows) | {
+        return _header(llama, windows, decode) | {
             "n_scored": running.count,
             "ppl": running.value,
             "ppl_error": running.error,
@@ -148,11 +181,13 @@ def _compare(
     n_chunks: int | None,
     kld: Path,
     engine: Engine,
+    decode: bool,
     n_ctx: int | None,
     report: _Report,
 ) -> dict[str, Any]:
     from .. import perplexity as scoring
 
+    decode = _decodes(engine, decode)
     with contextlib.closing(scoring.BaseFile(kld)) as base:
         if n_ctx not in (None, base.n_ctx):
             raise UsageError(f"--ctx {n_ctx}: {kld} was made with windows of {base.n_ctx} tokens")
@@ -164,18 +199,52 @@ def _compare(
                 given = scoring.cut_windows(_tokens(llama, text), base.n_ctx, len(windows))
                 if given.shape != windows.shape or (given != windows).any():
                     raise ModelError(f"{kld}: was made from another text, or with another tokenizer")
-            divergence = scoring.Divergence()
-            report.write("window        PPL    ln(PPL/base)          KLD  same top")
-            for i, window in report.windows(windows):
-                for logits, tokens in scoring.window_logits(llama, window):
-                    divergence.add(logits, tokens, base.read(len(tokens)))
-                s = divergence.statistics()
-                report.scored(
-                    i,
-                    f"{i:6d} {s['ppl']:10.4f} {s['ln_ppl_ratio']:15.5f} {s['kld']:12.6f} {100 * s['same_top']:7.3f} %",
-                )
-            report.write(_summary(s))
-            return _header(llama, engine, windows) | {"base": str(kld)} | s
+
+            def pairs(group: slice) -> Iterator[tuple[Scored, np.ndarray]]:
+                for scored in scoring.score(llama, windows, group, decode):
+                    yield scored, base.read(scored.rows.tolist())
+
+            size = scoring.together(llama, llama.n_ctx) if decode else 1
+            return _header(llama, windows, decode) | {"base": str(kld)} | _diverge(windows, size, pairs, report)
+
+
+def _compare_with_dense(
+    model: str | None, text: bytes, n_chunks: int | None, engine: Engine, decode: bool, report: _Report
+) -> dict[str, Any]:
+    from .. import perplexity as scoring
+
+    with engine.load(model) as llama:
+        windows = scoring.cut_windows(_tokens(llama, text), llama.n_ctx, n_chunks)
+
+        def pairs(group: slice) -> Iterator[tuple[Scored, np.ndarray]]:
+            scored = scoring.score(llama, windows, group, decode=True)
+            return zip(scored, scoring.dense_log_probs(llama, windows[group]), strict=True)
+
+        size = scoring.together(llama, llama.n_ctx, dense=True)
+        return _header(llama, windows, decode=True) | {"base": "dense"} | _diverge(windows, size, pairs, report)
+
+
+def _diverge(
+    windows: np.ndarray,
+    size: int,
+    pairs: Callable[[slice], Iterator[tuple[Scored, np.ndarray]]],
+    report: _Report,
+) -> dict[str, float]:
+    """The divergence of predictions from the base's log-probabilities, which `pairs` yields for a group of windows."""
+    from ..perplexity import Divergence
+
+    divergence = Divergence()
+    report.write("window        PPL    ln(PPL/base)          KLD  same top")
+    for group in report.groups(windows, size):
+        for scored, log_base in pairs(group):
+            divergence.add(scored.logits, scored.tokens, log_base)
+        s = divergence.statistics()
+        report.scored(
+            group.stop,
+            f"{group.stop:6d} {s['ppl']:10.4f} {s['ln_ppl_ratio']:15.5f} {s['kld']:12.6f} {100 * s['same_top']:7.3f} %",
+        )
+    report.write(_summary(s))
+    return s
 
 
 def _tokens(llama: Llama, text: bytes) -> list[int]:
@@ -200,10 +269,17 @@ def _base_file(path: Path | None, shape: tuple[int, ...], n_vocab: int) -> Itera
         yield file
 
 
-def _header(llama: Llama, engine: Engine, windows: np.ndarray) -> dict[str, Any]:
+def _header(llama: Llama, windows: np.ndarray, decode: bool) -> dict[str, Any]:
     n_chunk, n_ctx = windows.shape
-    names = {"model": llama.config.name, "policy": engine.policy, "kv": engine.kv, "device": llama.decoder.ops.name}
-    return names | {"n_ctx": n_ctx, "n_chunk": n_chunk}
+    return {
+        "model": llama.config.name,
+        "policy": str(llama.decoder.policy),
+        "kv": llama.session.cache.plan.k_store.name,
+        "device": llama.decoder.ops.name,
+        "decode": decode,
+        "n_ctx": n_ctx,
+        "n_chunk": n_chunk,
+    }
 
 
 def _summary(s: dict[str, float]) -> str:

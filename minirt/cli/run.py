@@ -11,6 +11,7 @@ from ..errors import ModelError, UsageError
 from ..progress import Progress
 from .answering import show_answer
 from .options import Engine, answer_options, engine_options, model_argument, sampling_options, stats_option
+from .policy_flags import PolicyCommand
 from .terminal import read_file, read_stdin, say, stdin_is_piped, stdin_is_terminal
 
 if TYPE_CHECKING:
@@ -20,13 +21,14 @@ MAX_PROMPT = 8 << 20  # bytes; more than any context holds
 
 
 @click.command(
+    cls=PolicyCommand,
     epilog="""\b
 Examples:
   minirt run -p "The capital of France is" -n 8 --temp 0
   minirt run model.gguf -f story.txt -n 200
   cat notes.txt | minirt run --chat -p "Summarise these notes."
   minirt run --system "Answer in one word." -p "Is water wet?"
-"""
+""",
 )
 @model_argument
 @click.option("--prompt", "-p", metavar="TEXT", help="The text to continue; - reads it from standard input.")

@@ -8,14 +8,17 @@ import click
 
 from ..errors import ModelError
 from .options import Engine, engine_options
+from .policy_flags import PolicyCommand
 
 
 @click.command(
+    cls=PolicyCommand,
     epilog="""\b
 Examples:
   minirt warmup                        for the default model
   minirt warmup a.gguf b.gguf --kv f32
-"""
+  minirt warmup --policy sparq
+""",
 )
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
 @engine_options(templates=False)
@@ -23,7 +26,7 @@ def warmup(models: tuple[str, ...], engine: Engine) -> None:
     """Compiles the kernels of models for this CPU.
 
     They are kept in the user's cache folder, so that no first answer has to wait for them. Which kernels a model needs
-    depends on its types and heads, and on --kv.
+    depends on its types and heads, on --kv and on --policy.
     """
     from ..devices import compilations
     from ..llama import PROMPT

@@ -18,9 +18,17 @@ Bounded = TypeVar("Bounded", bound="BoundedPolicy")
 DEFAULT_BUDGET = 512  # tokens, or the context if that is shorter
 
 
-def parameter(default: Any, text: str, kind: type = int, least: int | None = None, of: tuple[str, ...] = ()) -> Any:
+def parameter(
+    default: Any,
+    text: str,
+    kind: type = int,
+    least: int | None = None,
+    most: int | None = None,
+    of: tuple[str, ...] = (),
+) -> Any:
     """A field of a policy that is a flag of the command line: its help, its type, what it may be."""
-    return dataclasses.field(default=default, metadata={"help": text, "kind": kind, "least": least, "of": of})
+    metadata = {"help": text, "kind": kind, "least": least, "most": most, "of": of}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def parameters(policy: type[BasePolicy] | BasePolicy) -> dict[str, dataclasses.Field[Any]]:
@@ -40,12 +48,13 @@ class BasePolicy:
 
     def __post_init__(self) -> None:
         for name, f in parameters(self).items():
-            value, kind, least, of = getattr(self, name), f.metadata["kind"], f.metadata["least"], f.metadata["of"]
+            value, least, most, of = getattr(self, name), *(f.metadata[key] for key in ("least", "most", "of"))
             if value is None:
                 continue
-            value = _convert(name, value, kind)
-            if least is not None and not (value >= least):
-                raise UsageError(f"{flag(name)} {value} is out of range ({least} or more)")
+            value = _convert(name, value, f.metadata["kind"])
+            if (least is not None and not value >= least) or (most is not None and not value <= most):  # true for NaN
+                allowed = f"{least} or more" if most is None else f"{least} to {most}"
+                raise UsageError(f"{flag(name)} {value} is out of range ({allowed})")
             if of and value not in of:
                 raise UsageError(f"{flag(name)} {value} is not one of: {', '.join(of)}")
             object.__setattr__(self, name, value)

@@ -12,7 +12,8 @@ beta u + (1 - beta) threshold. Budgets are found out once, from the first prompt
 Deviations, where the paper leaves a choice or its published code does otherwise:
   - Scores, tests and merges per KV head, of attention averaged over the query heads that share it.
   - F is scaled to 0 ... 1 across layers before the softmax of -F, or it would hang on the length of the prompt; the
-    shares are then rounded so that all layers together keep what was promised. So budgets differ by e times at most.
+    shares are then rounded so that all layers together keep what was promised. So budgets differ by e times at most,
+    and a layer may evict although the text is shorter than the mean budget.
   - With one eviction a step the paper's test compares u with the last threshold.
   - Sinks receive nothing.
 `d2o-code` does as the published code (github.com/AIoT-MLSys-Lab/D2O): F is scaled across the heads inside a layer, the
@@ -31,11 +32,12 @@ import numpy as np
 
 from ..cache import Cache, CachePlan, SideArray
 from ..config import ModelConfig
+from ..errors import UsageError
 from ..ops import KV, Array, MergeRule, Ops
 from ..stores import Store
 from .base import parameter
 from .budget import FEWEST
-from .evicting import Evicting, Room
+from .evicting import Evicting, Room, Step, check_pinned
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,18 @@ class D2O(Evicting):
     name: ClassVar[str] = "d2o"
     sinks: int = parameter(4, "First tokens that are always kept.", least=0)
     recent: int | None = parameter(None, "Newest tokens that are kept.  [default: a share of the layer's]", least=0)
-    beta: float = parameter(0.7, "How fast the threshold of merging moves.", float, least=0)
-    e: float = parameter(float(np.e), "Weight of the token that others are merged into.", float, least=0)
+    beta: float = parameter(0.7, "How fast the threshold of merging moves.", float, least=0, most=1)
+    e: float = parameter(float(np.e), "Weight of the token that others are merged into.", float, least=0, most=1000)
     share_of_newest: ClassVar[float] = 0.25
+
+    def check(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> None:
+        super().check(config, n_ctx, k_store, v_store)
+        kept = self.kept(config, n_ctx, k_store, v_store)
+        if self.sinks >= kept:
+            raise UsageError(f"--sinks {self.sinks} is out of range (0 to {kept - 1}, within the budget)")
+        if self.recent is not None and self.sinks + self.recent >= kept:
+            most = kept - self.sinks - 1
+            raise UsageError(f"--recent {self.recent} is out of range (0 to {most}, with --sinks within the budget)")
 
     def rule(self) -> MergeRule:
         return MergeRule(self.beta, self.e, normalised=True, shared=False)
@@ -80,13 +91,17 @@ class D2O(Evicting):
             return
         if not cache.limits[seq].any():
             scores = [np.array(ops.to_host(room.scores)) for room in rooms]
-            cache.limits[seq] = self.layer_limits(scores, cache.plan.slots[0] - 1, cache.plan.n_ctx)
+            cache.limits[seq] = self.layer_limits(scores, min(cache.plan.slots) - 1, cache.plan.n_ctx)
+            check_pinned(int(cache.pinned[seq]), int(cache.limits[seq].min()), 1)
         for layer, room in enumerate(rooms):
             resized = self._resize(ops, cache, layer, int(cache.limits[seq, layer]) + 1)
             super()._settle(ops, cache, layer, seq, room._replace(in_place=room.in_place and not resized))
 
     def rewind(self, ops: Ops, cache: Cache, seq: int, n: int) -> int:
         kept = super().rewind(ops, cache, seq, n)
+        if kept == 0:
+            for threshold in cache.side["threshold"]:
+                threshold[seq] = 0
         if kept == 0 and cache.limits[seq].any():
             cache.limits[seq] = 0
             for layer, slots in enumerate(cache.plan.slots):
@@ -112,42 +127,52 @@ class D2O(Evicting):
             after[:, :, :both] = before[:, :, :both]
         return True
 
+    def bytes_read(self, config: ModelConfig, plan: CachePlan, n: int) -> int:
+        """As for all that evict, and the keys once more where one is merged; of layers as they are planned."""
+        keys = config.n_head_kv * plan.k_store.row_bytes(config.head_dim)
+        return super().bytes_read(config, plan, n) + keys * sum(slots for slots in plan.slots if n >= slots)
+
     # -- merging ---------------------------------------------------------------------------------------------------
     def cut(self, ops: Ops, own: Cache, layer: int, room: Room, rows: Array, head: int) -> None:
         used = KV(*(a[:, :, : room.n] for a in room.kv))
         ops.merge_evicted(used, rows, head, own.side["threshold"][layer][0], self.rule())
 
-    def evicted(
-        self, ops: Ops, cache: Cache, layer: int, stop: np.ndarray, limit: np.ndarray, head: np.ndarray
-    ) -> None:
-        full = stop > limit
-        if full.any():
-            free, threshold = cache.side["free"][layer], cache.side["threshold"][layer]
-            ops.merge(cache.layers[layer], free, stop, head, full, threshold, self.rule())
+    def evicted(self, ops: Ops, cache: Cache, layer: int, step: Step) -> None:
+        free, threshold = cache.side["free"][layer], cache.side["threshold"][layer]
+        ops.merge(cache.layers[layer], free, step.stop, step.head, step.full, threshold, self.rule())
 
 
 @dataclass(frozen=True)
 class D2OCode(D2O):
     name: ClassVar[str] = "d2o-code"
-    beta: float = parameter(0.5, "How fast the threshold of merging moves.", float, least=0)
+    beta: float = parameter(0.5, "How fast the threshold of merging moves.", float, least=0, most=1)
     share_of_newest: ClassVar[float] = 0.5
+
+    def small(self) -> D2O:  # type: ignore[override]  # of a model of a few layers, d2o-code would cut none
+        return D2O(budget=8, compress=self.compress, sinks=self.sinks, recent=self.recent)
 
     def rule(self) -> MergeRule:
         return MergeRule(self.beta, self.e, normalised=False, shared=True)
+
+    def plan(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> CachePlan:
+        plan, heads = super().plan(config, n_ctx, k_store, v_store), config.n_head_kv
+        full, slots = _full_layers(config.n_layer), list(plan.slots)
+        side = {name: list(arrays) for name, arrays in plan.side.items()}
+        for layer in full:
+            slots[layer] = n_ctx + 1
+            for name in ("positions", "scores"):
+                side[name][layer] = dataclasses.replace(side[name][layer], shape=(heads, n_ctx + 1))
+        arrays = {name: tuple(of_layers) for name, of_layers in side.items()}
+        return dataclasses.replace(plan, slots=tuple(slots), side=arrays)
 
     def layer_limits(self, scores: list[np.ndarray], kept: int, n_ctx: int) -> np.ndarray:
         n, layers = scores[0].shape[1], len(scores)
         x = np.array([_scaled(s.var(axis=1)).mean() for s in scores])
         share = np.exp(-x) / np.exp(-x).sum()
         ratio = np.clip(layers * kept / n * share, 0.01, 1.0)
-        limits = np.maximum(ratio * n, FEWEST).astype(np.int32)
+        limits = np.maximum(ratio * n, kept if kept >= n else FEWEST).astype(np.int32)
         limits[_full_layers(layers)] = n_ctx
         return np.minimum(limits, n_ctx)
-
-    def bytes_read(self, config: ModelConfig, plan: CachePlan, n: int) -> int:
-        """As if every layer that is cut had the budget: their ratios come from the prompt."""
-        total, full = super().bytes_read(config, plan, n), len(set(_full_layers(config.n_layer)))
-        return total + full * max(n - plan.slots[0], 0) * (plan.row_bytes(config) + 4 * config.n_head_kv)
 
 
 def _full_layers(layers: int) -> list[int]:

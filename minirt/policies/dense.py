@@ -36,10 +36,16 @@ class Dense(BasePolicy):
         return ops.attend_chunk(q, cache.layers[layer], seq, start, cache.plan.window)
 
     def attend(self, ops: Ops, cache: Cache, layer: int, q: Array, k: Array, v: Array) -> Array:
-        ops.append(cache.layers[layer], np.arange(len(k), dtype=np.int32), cache.n_seen, k, v)
-        stop, window = cache.n_seen + np.int32(1), cache.plan.window
-        first = np.maximum(stop - window, 0) if window else np.zeros_like(stop)
+        every, first, stop = cache.once(lambda: _ranges(cache))
+        ops.append(cache.layers[layer], every, cache.n_seen, k, v)
         return ops.attend(q, cache.layers[layer], first, stop)
 
     def bytes_read(self, config: ModelConfig, plan: CachePlan, n: int) -> int:
         return config.n_layer * plan.row_bytes(config) * (min(n, plan.window) if plan.window else n)
+
+
+def _ranges(cache: Cache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The sequences, and from where to where each is attended."""
+    stop, window = cache.n_seen + np.int32(1), cache.plan.window
+    first = np.maximum(stop - window, 0) if window else np.zeros_like(stop)
+    return np.arange(len(stop), dtype=np.int32), first, stop

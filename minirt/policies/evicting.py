@@ -39,6 +39,17 @@ class Room(NamedTuple):
     in_place: bool  # the cache's own slots, in which they stand already
 
 
+class Step(NamedTuple):
+    """What a decode step of a layer does; arrays are int32 [B]."""
+
+    stop: np.ndarray  # tokens that are attended, the new one included
+    room: np.ndarray  # slots: at `stop` = `room` one is evicted
+    head: np.ndarray  # first slots that are not evicted
+    before: np.ndarray  # positions from here on are not evicted
+    full: np.ndarray  # bool: stop = room
+    any_full: bool
+
+
 @dataclass(frozen=True)
 class Evicting(BoundedPolicy):
     compress: str = parameter(
@@ -82,6 +93,7 @@ class Evicting(BoundedPolicy):
 
     def prefill(self, ops: Ops, cache: Cache, layer: int, seq: int, q: Array, k: Array, v: Array) -> Array:
         own = cache.part(seq, seq + 1)
+        check_pinned(int(own.pinned[0]), own.plan.slots[layer] - 1)
         if self.compress == "stepwise":
             return self._steps(ops, own, layer, q, k, v)
         room, start = self._room(ops, own, layer, k, v)
@@ -92,20 +104,18 @@ class Evicting(BoundedPolicy):
         return out
 
     def attend(self, ops: Ops, cache: Cache, layer: int, q: Array, k: Array, v: Array) -> Array:
-        positions, scores, free = (cache.side[name][layer] for name in ("positions", "scores", "free"))
-        limit, kv = self.limits(cache, layer), cache.layers[layer]
-        stop = np.minimum(cache.n_seen, limit) + np.int32(1)
+        step = cache.once(lambda: self._steps_of_layers(cache))[layer]
+        kv, side = cache.layers[layer], cache.side
+        positions, scores, free = side["positions"][layer], side["scores"][layer], side["free"][layer]
         ops.overwrite(kv, free, k, v, positions, cache.n_seen)
-        out = ops.attend_weights(q, kv, stop, scores, self.accumulates)
-        head, newest = self._protected(cache, limit)
-        ops.evict(scores, positions, stop, limit + np.int32(1), head, cache.n_seen + np.int32(1) - newest, free)
-        self.evicted(ops, cache, layer, stop, limit, head)
+        out = ops.attend_weights(q, kv, step.stop, scores, self.accumulates)
+        ops.evict(scores, positions, step.stop, step.room, step.head, step.before, free)
+        if step.any_full:
+            self.evicted(ops, cache, layer, step)
         return out
 
-    def evicted(
-        self, ops: Ops, cache: Cache, layer: int, stop: np.ndarray, limit: np.ndarray, head: np.ndarray
-    ) -> None:
-        """After a step: the slots in `free` will be overwritten in the next one, where stop > limit."""
+    def evicted(self, ops: Ops, cache: Cache, layer: int, step: Step) -> None:
+        """The slots in `free` will be overwritten in the next step, of sequences that are full."""
 
     def rewind(self, ops: Ops, cache: Cache, seq: int, n: int) -> int:
         seen = int(cache.n_seen[seq])
@@ -136,9 +146,22 @@ class Evicting(BoundedPolicy):
         """Tokens that a layer keeps of each sequence, int32 [B]."""
         return np.full(len(cache.n_seen), cache.plan.slots[layer] - 1, np.int32)
 
+    def _steps_of_layers(self, cache: Cache) -> list[Step]:
+        steps: list[Step] = []
+        for layer in range(len(cache.layers)):
+            limit = self.limits(cache, layer)
+            if steps and (limit + 1 == steps[-1].room).all():
+                steps.append(steps[-1])
+                continue
+            room, stop = limit + np.int32(1), np.minimum(cache.n_seen, limit) + np.int32(1)
+            head, newest = self._protected(cache, limit)
+            full = stop == room
+            steps.append(Step(stop, room, head, cache.n_seen + np.int32(1) - newest, full, bool(full.any())))
+        return steps
+
     def _protected(self, cache: Cache, limit: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(first slots, newest positions) that are not evicted, int32 [B] each; together they leave one that is."""
-        head = np.minimum(np.maximum(cache.pinned, self.first()), limit)
+        head = np.minimum(np.maximum(cache.pinned, self.first()), limit - 1)
         newest = np.array([self.newest(n) for n in limit.tolist()], np.int32)
         return head, np.minimum(newest, limit - head)
 
@@ -146,8 +169,6 @@ class Evicting(BoundedPolicy):
         """What is held and a chunk after it; and where the chunk begins. In the cache itself if it fits."""
         kv, n, t = own.layers[layer], int(own.n_seen[0]), len(k)
         limit = int(self.limits(own, layer)[0])
-        if own.pinned[0] + FEWEST > limit and own.pinned[0]:
-            raise ModelError(f"{own.pinned[0]} tokens are pinned, which leaves no room in a budget of {limit}")
         held = min(n, limit)
         arrays = [own.side[name][layer][0] for name in ("positions", "scores")]
         if held + t <= limit:
@@ -193,3 +214,9 @@ class Evicting(BoundedPolicy):
             own.n_seen += 1
         own.n_seen[:] = begun
         return ops.concatenate(outs)
+
+
+def check_pinned(pinned: int, limit: int, others: int = FEWEST) -> None:
+    """Raises ModelError if a layer that keeps `limit` tokens has too few for others than those that are pinned."""
+    if pinned and pinned + others > limit:
+        raise ModelError(f"{pinned} tokens are pinned, which leaves no room in a budget of {limit}")

@@ -84,10 +84,11 @@ class SparQ(BasePolicy):
         return ops.attend_chunk(q, cache.layers[layer], seq, start)
 
     def attend(self, ops: Ops, cache: Cache, layer: int, q: Array, k: Array, v: Array) -> Array:
-        kv, stop = cache.layers[layer], cache.n_seen + np.int32(1)
-        self._append(ops, cache, layer, np.arange(len(k), dtype=np.int32), cache.n_seen, k, v)
-        if stop.max() <= self.k:
-            return ops.attend(q, kv, np.zeros_like(stop), stop)
+        every, first, stop = cache.once(lambda: every_token(cache))
+        kv = cache.layers[layer]
+        self._append(ops, cache, layer, every, cache.n_seen, k, v)
+        if max(stop.tolist()) <= self.k:
+            return ops.attend(q, kv, first, stop)
         scores, ranks = ops.approximate_scores(q, cache.side["index"][layer], stop, self.r, self.gqa == "sum-logit")
         rows = ops.top_k(ranks, stop, self.k, tail=self.newest)
         return ops.attend_rows(q, kv, rows, stop, scores, _of(cache, "mean", layer))
@@ -118,6 +119,12 @@ class SparQ(BasePolicy):
 def check_k(k: int, n_ctx: int) -> None:
     if k > n_ctx:
         raise UsageError(f"--k {k} is out of range (1 to {n_ctx}, the context)")
+
+
+def every_token(cache: Cache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The sequences, and where each begins and ends with the token of this step."""
+    stop = cache.n_seen + np.int32(1)
+    return np.arange(len(stop), dtype=np.int32), np.zeros_like(stop), stop
 
 
 def _of(cache: Cache, name: str, layer: int) -> Array | None:

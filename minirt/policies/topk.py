@@ -11,15 +11,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
-
 from ..cache import Cache, CachePlan
 from ..config import ModelConfig
 from ..ops import Array, Ops
 from ..stores import Store
 from .base import parameter
 from .dense import Dense
-from .sparq import check_k
+from .sparq import check_k, every_token
 
 
 @dataclass(frozen=True)
@@ -35,12 +33,13 @@ class TopK(Dense):
         return dataclasses.replace(self, k=4)
 
     def attend(self, ops: Ops, cache: Cache, layer: int, q: Array, k: Array, v: Array) -> Array:
-        kv, stop = cache.layers[layer], cache.n_seen + np.int32(1)
-        ops.append(kv, np.arange(len(k), dtype=np.int32), cache.n_seen, k, v)
-        if stop.max() <= self.k:
-            return ops.attend(q, kv, np.zeros_like(stop), stop)
+        every, first, stop = cache.once(lambda: every_token(cache))
+        kv = cache.layers[layer]
+        ops.append(kv, every, cache.n_seen, k, v)
+        if max(stop.tolist()) <= self.k:
+            return ops.attend(q, kv, first, stop)
         scores, ranks = ops.exact_scores(q, kv, stop)
-        return ops.add_rows(kv, ops.top_k(ranks, stop, self.k), stop, scores)
+        return ops.add_rows(kv, ops.top_k(ranks, stop, self.k), stop, scores, cache.plan.head_dim)
 
     def bytes_read(self, config: ModelConfig, plan: CachePlan, n: int) -> int:
         d, heads = config.head_dim, config.n_layer * config.n_head_kv

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -28,9 +28,22 @@ from ..cache import Cache, CachePlan
 from ..config import ModelConfig
 from ..errors import ModelError, UsageError
 from ..ops import KV, Array, Far, Ops
+from ..rope import Angles
 from ..stores import Store
 from .base import BoundedPolicy, parameter
 from .budget import FEWEST, Budget
+
+
+class _Step(NamedTuple):
+    """What a decode step does, the same for all layers; arrays are int32 [B]."""
+
+    every: np.ndarray  # the sequences
+    slot: np.ndarray  # of the ring, for the token
+    begin: list[int]  # sequences whose token is one of the first, and goes to their slots too
+    sinks: np.ndarray  # slots of the first tokens, after which the ring begins
+    stop: np.ndarray
+    far: np.ndarray | None  # first tokens that are out of the window, if any are
+    turns: Angles | None  # of the queries that these are attended with
 
 
 @dataclass(frozen=True)
@@ -75,7 +88,8 @@ class Window(BoundedPolicy):
             out = ops.attend_chunk(q, room, 0, held, length)
         else:
             lse, far_lse = (ops.zeros(q.shape[:2], np.dtype(np.float32)) for _ in range(2))
-            far = self._far_queries(ops, cache, q, pos, np.full(t, sinks), np.full(t, length))
+            back = self.far_position(pos, np.full(t, sinks, np.int32), np.full(t, length, np.int32)) - pos
+            far = ops.rotate(q, cache.turns(ops, back)) if back.any() else q
             # A copy, because the op's scratch is used again.
             from_sinks = ops.concatenate([ops.attend_chunk(far, kv, 0, n - length, 0, sinks, far_lse)])
             out = ops.attend_chunk(q, room, 0, held, length, None, lse)
@@ -84,18 +98,26 @@ class Window(BoundedPolicy):
         return out
 
     def attend(self, ops: Ops, cache: Cache, layer: int, q: Array, k: Array, v: Array) -> Array:
-        kv, pos, every = cache.layers[layer], cache.n_seen, np.arange(len(k), dtype=np.int32)
-        sinks = np.maximum(cache.pinned, self.n_sinks) if self.n_sinks or cache.pinned.any() else np.zeros_like(pos)
-        length = np.int32(cache.plan.slots[layer]) - sinks
-        ops.append(kv, every, sinks + pos % length, k, v)
-        for b in np.flatnonzero(pos < sinks).tolist():
+        kv, pos, step = cache.layers[layer], cache.n_seen, cache.once(lambda: self._step(ops, cache))
+        ops.append(kv, step.every, step.slot, k, v)
+        for b in step.begin:
             key = self.sink_keys(ops, cache, k[b : b + 1], pos[b : b + 1])
-            ops.append(kv, every[b : b + 1], pos[b : b + 1], key, v[b : b + 1])
-        out_of_window = np.clip(pos + 1 - length, 0, sinks)
+            ops.append(kv, step.every[b : b + 1], pos[b : b + 1], key, v[b : b + 1])
         far = None
-        if out_of_window.any():
-            far = Far(self._far_queries(ops, cache, q, pos, sinks, length), out_of_window)
-        return ops.attend(q, kv, sinks, sinks + np.minimum(pos + 1, length), far)
+        if step.far is not None:
+            far = Far(q if step.turns is None else ops.rotate(q, step.turns), step.far)
+        return ops.attend(q, kv, step.sinks, step.stop, far)
+
+    def _step(self, ops: Ops, cache: Cache) -> _Step:
+        pos = cache.n_seen
+        sinks = np.maximum(cache.pinned, np.int32(self.n_sinks))
+        length = np.int32(cache.plan.slots[0]) - sinks
+        every, begin = np.arange(len(pos), dtype=np.int32), np.flatnonzero(pos < sinks).tolist()
+        far = np.clip(pos + np.int32(1) - length, 0, sinks)
+        back = self.far_position(pos, sinks, length) - pos
+        turns = cache.turns(ops, back) if back.any() else None
+        stop = sinks + np.minimum(pos + np.int32(1), length)
+        return _Step(every, sinks + pos % length, begin, sinks, stop, far if far.any() else None, turns)
 
     def _layout(self, cache: Cache, seq: int) -> tuple[int, int]:
         """(slots for sinks, slots of the ring) of a sequence; what is pinned are sinks."""
@@ -103,12 +125,6 @@ class Window(BoundedPolicy):
         if sinks + FEWEST > slots and sinks > self.n_sinks:
             raise ModelError(f"{sinks} tokens are pinned, which leaves no room in a budget of {slots}")
         return sinks, slots - sinks
-
-    def _far_queries(
-        self, ops: Ops, cache: Cache, q: Array, pos: np.ndarray, sinks: np.ndarray, length: np.ndarray
-    ) -> Array:
-        back = self.far_position(pos, sinks, length) - pos
-        return ops.rotate(q, cache.turns(ops, back)) if back.any() else q
 
     def rewind(self, ops: Ops, cache: Cache, seq: int, n: int) -> int:
         seen, torn = int(cache.n_seen[seq]), bool(cache.torn[seq])
@@ -125,7 +141,12 @@ class Window(BoundedPolicy):
 
 @dataclass(frozen=True)
 class _WithSinks(Window):
+    sinks: int = parameter(4, "First tokens that are always kept.", least=0)
     recent: int | None = parameter(None, "Newest tokens that are kept.  [default: the rest of the budget]", least=1)
+
+    @property
+    def n_sinks(self) -> int:
+        return self.sinks
 
     def check(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> None:
         super().check(config, n_ctx, k_store, v_store)
@@ -134,11 +155,13 @@ class _WithSinks(Window):
             raise UsageError(f"--recent {self.recent} is out of range (1 to {n_ctx}, the context)")
         if isinstance(self.budget, Budget) and self.recent is not None and self.n_sinks + self.recent != kept:
             raise UsageError(f"--budget {self.budget} is not the sum of --sinks and --recent; give two of the three")
-        if self.n_sinks >= kept:
-            raise UsageError(f"--sinks {self.n_sinks} is out of range (0 to {kept - 1}, within the budget)")
+        most = min(kept, n_ctx) - 1
+        if self.sinks > most:
+            raise UsageError(f"--sinks {self.sinks} is out of range (0 to {most}, within the budget)")
 
     def small(self) -> _WithSinks:
-        return dataclasses.replace(self, budget=self.n_sinks + FEWEST, recent=None)
+        sinks = min(self.sinks, 1)
+        return dataclasses.replace(self, sinks=sinks, budget=sinks + FEWEST, recent=None)
 
     def kept(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> int:
         if self.recent is not None and self.budget is None:
@@ -149,14 +172,9 @@ class _WithSinks(Window):
 @dataclass(frozen=True)
 class Streaming(_WithSinks):
     name: ClassVar[str] = "streaming"
-    sinks: int = parameter(4, "First tokens that are always kept.", least=0)
     positions: str = parameter(
         "true", "Of the first tokens: true, or reindexed as if nothing were missing.", str, of=("true", "reindexed")
     )
-
-    @property
-    def n_sinks(self) -> int:
-        return self.sinks
 
     def far_position(self, pos: np.ndarray, sinks: np.ndarray, length: np.ndarray) -> np.ndarray:
         return pos if self.positions == "true" else np.minimum(pos, sinks + length - 1)
@@ -170,9 +188,10 @@ class LMInfinite(_WithSinks):
         None, "Distance at which the first tokens are seen.  [default: the newest that are kept]", least=1
     )
 
-    @property
-    def n_sinks(self) -> int:
-        return self.sinks
+    def check(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> None:
+        super().check(config, n_ctx, k_store, v_store)
+        if self.limit is not None and self.limit > n_ctx:
+            raise UsageError(f"--limit {self.limit} is out of range (1 to {n_ctx}, the context)")
 
     def far_position(self, pos: np.ndarray, sinks: np.ndarray, length: np.ndarray) -> np.ndarray:
         return np.minimum(pos, length if self.limit is None else self.limit)

@@ -126,11 +126,10 @@ class EvictionOps:
                     u = cosines(kv.k[b, h, s : s + 1], kv.k[b, h, receivers])[0]
                     best[h], where[h] = u.max(), receivers[u.argmax()]
             decisive = np.full_like(best, best.mean()) if rule.shared else best
-            for h in range(n_head_kv):
+            for h in np.flatnonzero(np.isfinite(decisive)).tolist():
                 if decisive[h] >= threshold[b, h]:
                     merge_rows(kv, b, h, where[h], np.array([slot[b, h]]), best[h : h + 1], rule)
-                if np.isfinite(decisive[h]):
-                    threshold[b, h] = rule.beta * decisive[h] + (1 - rule.beta) * threshold[b, h]
+                threshold[b, h] = rule.beta * decisive[h] + (1 - rule.beta) * threshold[b, h]
 
     def merge_evicted(self, kv: KV, kept: np.ndarray, head: int, threshold: np.ndarray, rule: MergeRule) -> None:
         check_merge_evicted(kv, kept, head, threshold)

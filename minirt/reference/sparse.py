@@ -67,8 +67,8 @@ class SparseOps:
             out[b, heads] = y
         return out
 
-    def add_rows(self, kv: KV, rows: np.ndarray, stop: np.ndarray, scores: np.ndarray) -> np.ndarray:
-        out = np.zeros((len(scores), scores.shape[1], kv.v.shape[3]), np.float32)
+    def add_rows(self, kv: KV, rows: np.ndarray, stop: np.ndarray, scores: np.ndarray, d: int) -> np.ndarray:
+        out = np.zeros((len(scores), scores.shape[1], d), np.float32)
         for b, h, heads, chosen in _groups(out, kv, rows, stop):
             out[b, heads] = weighted_values(scores[b, heads][:, chosen], kv.v[b, h : h + 1][:, chosen])
         return out

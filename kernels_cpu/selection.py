@@ -1,0 +1,254 @@
+"""The largest of many numbers: exactly so many, of equal ones the first, in the order in which they lie.
+
+Numbers are compared by keys, int32 in the same order, where NaN counts as -inf and both zeros are one. The m-th largest
+of a few keys comes from counting: bit by bit, the largest number that m of them reach. Of many numbers most are ruled
+out at a glance, 64 at a time: in m of several subsets the maximum reaches a bound, so the m largest of all do. What
+reaches it is collected; whenever that is too much, the m largest stay and the bound rises to what would displace one.
+So time grows with the length, in whatever order the numbers lie.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .compiled import kernel
+from .crew import share
+from .ir_vectors import (
+    F32,
+    I16,
+    I32,
+    I64,
+    LANES,
+    Value,
+    across_lanes,
+    at,
+    constant,
+    for_vectors,
+    into_array,
+    like,
+    load,
+    splat,
+    store,
+    vector,
+)
+from .pointers import address
+from .unowned import unowned
+
+LOWEST = -(2**31)  # below the keys of all numbers
+GLANCE = 64  # numbers compared with the bound together: the bits of a word
+SPARE = 1024  # numbers collected beyond four times those wanted
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def _keys(b: ir.IRBuilder, x: Value) -> Value:
+    """int32 in the order of float32 x, lane by lane: of negative numbers the other bits turn round."""
+    lanes = x.type.count
+    bits = b.bitcast(b.select(b.fcmp_ordered("ord", x, x), x, constant(F32, -math.inf, lanes)), vector(I32, lanes))
+    bits = b.select(b.icmp_signed("==", bits, like(bits, LOWEST)), like(bits, 0), bits)  # -0.0
+    return _turned(b, bits)
+
+
+def _turned(b: ir.IRBuilder, bits: Value) -> Value:
+    return b.xor(bits, b.lshr(b.ashr(bits, like(bits, 31)), like(bits, 1)))
+
+
+@intrinsic
+def keys_of(typingctx: Any, where: Any, n: Any, to: Any) -> Any:
+    """Keys of n float32 at an address, to another or the same."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        source, n, to = b.inttoptr(args[0], cgutils.voidptr_t), args[1], b.inttoptr(args[2], cgutils.voidptr_t)
+
+        def turn(index: Value, lanes: int) -> None:
+            place = b.mul(index, I64(4))
+            store(b, _keys(b, load(b, at(b, source, place), vector(F32, lanes))), at(b, to, place))
+
+        for_vectors(b, n, turn)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(i, i, i), codegen
+
+
+@intrinsic
+def key_at(typingctx: Any, where: Any, i: Any) -> Any:
+    """Key of the i-th float32 at an address."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        place = at(b, b.inttoptr(args[0], cgutils.voidptr_t), b.mul(args[1], I64(4)))
+        return b.sext(b.extract_element(_keys(b, load(b, place, vector(F32, 1))), I32(0)), I64)
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def count_from(typingctx: Any, keys: Any, n: Any, least: Any) -> Any:
+    """How many of the first n keys, an int32 array, reach `least`. n is rounded up to 16."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        keys, _, _ = into_array(context, b, signature.args[0], args[0])
+        bound = splat(b, b.trunc(args[2], I32))
+        total = cgutils.alloca_once_value(b, constant(I32, 0))
+        with cgutils.for_range(b, b.udiv(b.add(args[1], I64(LANES - 1)), I64(LANES))) as loop:
+            x = load(b, at(b, keys, b.mul(loop.index, I64(4 * LANES))), vector(I32))
+            b.store(b.sub(b.load(total), b.sext(b.icmp_signed(">=", x, bound), x.type)), total)  # true is -1
+        return b.zext(across_lanes(b, b.load(total), b.add), I64)
+
+    return types.int64(keys, types.int64, types.int64), codegen
+
+
+# -- many numbers at once ----------------------------------------------------------------------------------------------
+
+
+@intrinsic
+def subset_maxima(typingctx: Any, where: Any, rows: Any, vectors: Any, to: Any) -> Any:
+    """Maxima of the columns of float32 [rows, 16 vectors] at an address, to another; NaN is passed over."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        where, rows, vectors, to = args
+        to, n = b.inttoptr(to, cgutils.voidptr_t), b.mul(vectors, I64(4 * LANES))
+        with cgutils.for_range(b, vectors) as loop:
+            store(b, constant(F32, -math.inf), at(b, to, b.mul(loop.index, I64(4 * LANES))))
+        with cgutils.for_range(b, rows) as row:
+            source = at(b, b.inttoptr(where, cgutils.voidptr_t), b.mul(row.index, n))
+            with cgutils.for_range(b, vectors) as loop:
+                place = b.mul(loop.index, I64(4 * LANES))
+                new, old = load(b, at(b, source, place), vector(F32)), load(b, at(b, to, place), vector(F32))
+                store(b, b.select(b.fcmp_ordered(">", new, old), new, old), at(b, to, place))
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(i, i, i, i), codegen
+
+
+@intrinsic
+def glance(typingctx: Any, where: Any, key: Any) -> Any:
+    """Bit i: whether the i-th of 64 float32 at an address may have this key or a larger one; NaN always may."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        pointer = b.inttoptr(args[0], cgutils.voidptr_t)
+        bound = splat(b, b.bitcast(_turned(b, b.trunc(args[1], I32)), F32))
+        bits = I64(0)
+        for first in range(0, GLANCE, LANES):
+            x = load(b, at(b, pointer, 4 * first), vector(F32))
+            reached = b.zext(b.bitcast(b.fcmp_unordered(">=", x, bound), I16), I64)
+            bits = b.or_(bits, b.shl(reached, I64(first)))
+        return bits
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def lowest_bit(typingctx: Any, bits: Any) -> Any:
+    """Which is the lowest bit set of a word that is not 0."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        return b.cttz(args[0], cgutils.true_bit)
+
+    return types.int64(types.int64), codegen
+
+
+# -- selection ---------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _reached_by(keys, n, m):  # type: ignore[no-untyped-def]
+    """The m-th largest of the first n keys, or a smaller number that no more than these m reach.
+
+    The 16 keys behind the first n are overwritten.
+    """
+    for i in range(n, n + 16):
+        keys[i] = LOWEST
+    found = LOWEST
+    for bit in range(31, -1, -1):
+        count = count_from(keys, n, found + (1 << bit))
+        if count >= m:
+            found += 1 << bit
+        if count == m:
+            break
+    return found
+
+
+@kernel
+def keep_largest(keys, indices, n, m):  # type: ignore[no-untyped-def]
+    """Of the first n keys, int32, and their indices, the m <= n largest become the first m, in order.
+
+    Returns what _reached_by does. The 16 keys behind the first n are overwritten.
+    """
+    least = _reached_by(keys, n, m)
+    equal = m - count_from(keys, n, least + 1)  # that stay
+    kept = 0
+    for i in range(n):
+        key, index = np.int64(keys[i]), indices[i]
+        tie = key == least and equal > 0
+        keys[kept], indices[kept] = key, index
+        kept += key > least or tie
+        equal -= tie
+    return least
+
+
+@kernel
+def _bound(values, n, m, keys):  # type: ignore[no-untyped-def]
+    """A key that at least m of n float32 at an address reach, and few more. keys: scratch."""
+    vectors = (4 * m + 15) // 16
+    rows = n // (16 * vectors)
+    subset_maxima(values + 4 * (n - rows * 16 * vectors), rows, vectors, address(keys))
+    keys_of(address(keys), 16 * vectors, address(keys))
+    return _reached_by(keys, 16 * vectors, m)
+
+
+@kernel
+def _collect_largest(values, n, m, keys, indices):  # type: ignore[no-untyped-def]
+    """The first m of indices become those of the m <= n largest of n float32 at an address, ascending.
+
+    keys, indices: int32, of 4 m + SPARE + GLANCE numbers.
+    """
+    least = _bound(values, n, m, keys) if n >= 16 * m else LOWEST
+    room, count = 4 * m + SPARE - GLANCE, 0
+    for first in range(0, n, GLANCE):
+        lanes = glance(values + 4 * first, least) if first + GLANCE <= n else (1 << (n - first)) - 1
+        while lanes != 0:
+            lane = lowest_bit(lanes)
+            lanes ^= 1 << lane
+            key = key_at(values, first + lane)
+            if key >= least:
+                keys[count], indices[count] = key, first + lane
+                count += 1
+        if count > room:
+            least, count = keep_largest(keys, indices, count, m) + 1, m
+    keep_largest(keys, indices, count, m)
+
+
+@kernel
+def _top_k_row(ranks, stop, k, head, tail, rows, task):  # type: ignore[no-untyped-def]
+    b, h = task // rows.shape[1], task % rows.shape[1]
+    n, m = np.int64(stop[b]), k - head - tail
+    if n <= k or m == 0:
+        for i in range(k):
+            rows[b, h, i] = i if n <= k or i < head else n - k + i
+        return
+    keys = np.empty(4 * m + SPARE + GLANCE, np.int32)
+    indices = np.empty(4 * m + SPARE + GLANCE, np.int32)
+    values = address(ranks) + b * ranks.strides[0] + h * ranks.strides[1] + 4 * head
+    _collect_largest(values, n - head - tail, m, keys, indices)
+    for i in range(k):
+        rows[b, h, i] = i if i < head else indices[i - head] + head if i < head + m else n - k + i
+
+
+@kernel
+def top_k(crew, ranks, stop, k, head, tail, rows):  # type: ignore[no-untyped-def]
+    """rows [B, H, k], int32 = the k largest of slots 0 ... stop[b] - 1 by ranks [B, H, slots], float32, ascending.
+
+    The first `head` and the last `tail` slots are always among them; if stop[b] <= k, rows are 0, 1, 2 ...
+    """
+    n_seq, heads, _ = rows.shape
+    share(crew, n_seq * heads, _top_k_row, (unowned(ranks), unowned(stop), k, head, tail, unowned(rows)))

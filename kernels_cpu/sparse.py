@@ -1,0 +1,317 @@
+"""Scores of all cached tokens, from a few components of their keys (SparQ, arXiv 2312.04985) or from whole keys.
+
+The index keeps the components of keys apart: [B, H_kv, blocks, d, INDEX_BLOCK], where a component of a block of tokens
+is one run of memory. The lanes of a vector are tokens, so a logit needs no sum over lanes, and components that were not
+chosen are not touched. A number of the index is read, and converted, once for all query heads that share it.
+
+Tokens are cut into parts of the same length, whatever the number of threads. Each part keeps its own maximum and sum of
+exponentials (arXiv 1805.02867). Whoever ends the last part of a KV head makes all of them probabilities and ranks, most
+of which its caches still hold.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from .blocks import BY_RECORD
+from .compiled import kernel
+from .crew import share
+from .ir_vectors import (
+    F32,
+    I64,
+    LANES,
+    Value,
+    at,
+    constant,
+    load,
+    multiply_add,
+    prefetch_line,
+    splat,
+    store,
+    vector,
+)
+from .memory import LINE
+from .pointers import add_floats, address, copy_floats
+from .selection import keep_largest, keys_of
+from .softmax import exp, exp_floats, largest_logit, scale_floats
+from .tiles import _vectors, score_rows
+from .unowned import hold, unowned
+
+TASKS = 16  # of all sequences and heads together, if parts ...
+TILE, MOST = 512, 2048  # ... have so many tokens: the sums of a tile stay in the first cache while runs pass by
+ROWS = 64  # of whole keys that are scored for some heads, then for others, while they are in the first cache
+TOGETHER = 4  # runs that pass by at once: memory keeps up with as many streams
+
+NO_RANKS, OF_PROBABILITIES, OF_LOGITS = range(3)
+
+
+@intrinsic
+def add_runs(
+    typingctx: Any, index: Any, where: Any, ahead: Any, offsets: Any, weights: Any, group: Any, r: Any, n: Any,
+    out: Any, out_bytes: Any, heads: Any,
+) -> Any:  # fmt: skip
+    """out[g, 0 : n] = sum over i < r of weights[i, g] * run i, for g < len(heads); n is rounded up to a line of memory.
+
+    Run i lies at where + offsets[i], offsets int64, in items of the index; weights float32 [r, group], out float32 with
+    rows of out_bytes. The runs that are read next are asked for meanwhile, the last time those at `ahead`.
+    """
+    f, n_heads = BY_RECORD[index.dtype], len(heads)
+    tokens = LINE // f.dtype.itemsize
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        group, r, n, out_bytes = args[5], args[6], args[7], args[9]
+        where, ahead, offsets, weights, out = (b.inttoptr(args[i], cgutils.voidptr_t) for i in (1, 2, 3, 4, 8))
+        rows = [at(b, out, b.mul(I64(g), out_bytes)) for g in range(n_heads)]
+        lines = b.udiv(b.add(n, I64(tokens - 1)), I64(tokens))
+        zero = constant(F32, 0.0)
+
+        def run(tile: Value, i: Value) -> Value:
+            return at(b, tile, load(b, at(b, offsets, b.mul(i, I64(8))), I64))
+
+        def next_run(i: Value) -> Value:
+            past = b.icmp_signed(">=", i, r)
+            i = b.select(past, b.sub(i, r), i)
+            return run(b.select(past, ahead, where), b.select(b.icmp_signed("<", i, r), i, b.sub(r, I64(1))))
+
+        def add(first: Value, count: int) -> None:
+            places = [b.add(first, I64(i)) for i in range(count)]
+            runs = [run(where, place) for place in places]
+            later = [next_run(b.add(places[-1], I64(1 + i))) for i in range(TOGETHER)]
+            factors = [
+                [splat(b, load(b, at(b, weights, b.mul(b.add(b.mul(p, group), I64(g)), I64(4))), F32)) for p in places]
+                for g in range(n_heads)
+            ]
+            with cgutils.for_range(b, lines) as loop:
+                for pointer in later:
+                    prefetch_line(b, at(b, pointer, b.mul(loop.index, I64(LINE))))
+                for part in range(0, tokens, LANES):
+                    start = b.add(b.mul(loop.index, I64(tokens)), I64(part))
+                    source, target = b.mul(start, I64(f.dtype.itemsize)), b.mul(start, I64(4))
+                    values = [_vectors(b, f, at(b, pointer, source), 1)[0] for pointer in runs]
+                    for row, of_head in zip(rows, factors, strict=True):
+                        total = load(b, at(b, row, target), vector(F32))
+                        for x, factor in zip(values, of_head, strict=True):
+                            total = multiply_add(b, x, factor, total)
+                        store(b, total, at(b, row, target))
+
+        with cgutils.for_range(b, b.mul(lines, I64(tokens // LANES))) as loop:
+            for row in rows:
+                store(b, zero, at(b, row, b.mul(loop.index, I64(4 * LANES))))
+        whole = b.sub(r, b.urem(r, I64(TOGETHER)))
+        with cgutils.for_range_slice(b, I64(0), whole, I64(TOGETHER)) as (first, _):
+            add(first, TOGETHER)
+        with cgutils.for_range_slice(b, whole, r, I64(1)) as (first, _):
+            add(first, 1)
+        return context.get_dummy_value()
+
+    i = types.int64
+    return types.void(index, i, i, i, i, i, i, i, i, i, heads), codegen
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+@kernel
+def _part_tokens(stop, heads):  # type: ignore[no-untyped-def]
+    """Tokens in a part, a multiple of TILE; and the parts of the longest sequence."""
+    total, longest = 0, 0
+    for n in stop:
+        total, longest = total + n, max(longest, n)
+    tokens = min(max(total * heads // TASKS // TILE * TILE, TILE), MOST)
+    return tokens, (longest + tokens - 1) // tokens
+
+
+@kernel
+def _part(task, tokens, most, heads, stop):  # type: ignore[no-untyped-def]
+    """Sequence, KV head, first token and the one after the last (not above the first if there is none)."""
+    b, begin = task // (most * heads), task % most * tokens
+    return b, task // most % heads, begin, min(begin + tokens, np.int64(stop[b]))
+
+
+@kernel
+def _exponentials(logits, row_bytes, group, n, largest, total, ranks, mode):  # type: ignore[no-untyped-def]
+    """Logits [group, n] at an address become exponentials; largest, total [group]: the part's maximum and sum."""
+    for g in range(group):
+        largest[g] = largest_logit(logits + g * row_bytes, n)
+    if mode == OF_LOGITS:
+        _add_up(logits, row_bytes, group, n, ranks)
+    for g in range(group):
+        some = largest[g] > -np.inf
+        total[g] = exp_floats(logits + g * row_bytes, n, largest[g]) if some else np.float32(0.0)
+
+
+@kernel
+def _add_up(rows, row_bytes, group, n, ranks):  # type: ignore[no-untyped-def]
+    copy_floats(ranks, rows, n)
+    for g in range(1, group):
+        add_floats(ranks, rows + g * row_bytes, n)
+
+
+@kernel
+def _parts_of_heads(stop, tokens, heads):  # type: ignore[no-untyped-def]
+    found = np.empty(len(stop) * heads, np.int64)
+    for i in range(len(found)):
+        found[i] = (stop[i // heads] + tokens - 1) // tokens
+    return found
+
+
+@intrinsic
+def count_down(typingctx: Any, where: Any) -> Any:
+    """Takes 1 from the int64 at an address and returns what is left; whoever sees 0 sees all that was done before."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        place = b.inttoptr(args[0], I64.as_pointer())
+        return b.sub(b.atomic_rmw("sub", place, I64(1), "acq_rel"), I64(1))
+
+    return types.int64(types.int64), codegen
+
+
+@kernel
+def _finish_head(b, h, stop, tokens, first, factors, total, scores, ranks, mode):  # type: ignore[no-untyped-def]
+    """Exponentials of a KV head become probabilities, and ranks; parts are tasks `first`, first + 1 ...
+
+    All are 0 if one of the sums is NaN. factors [tasks, group]: the parts' maxima, overwritten.
+    """
+    group, n = factors.shape[1], np.int64(stop[b])
+    parts = (n + tokens - 1) // tokens
+    for g in range(group):
+        high, mass = np.float32(-np.inf), np.float32(0.0)
+        for task in range(first, first + parts):
+            high = max(high, factors[task, g])
+        for task in range(first, first + parts):
+            factors[task, g] = exp(factors[task, g] - high) if total[task, g] != 0 else np.float32(0.0)
+            mass += factors[task, g] * total[task, g]
+        for task in range(first, first + parts):
+            factors[task, g] = factors[task, g] / mass if mass > 0 else np.float32(0.0)
+    rows = address(scores) + b * scores.strides[0] + h * group * scores.strides[1]
+    to = address(ranks) + b * ranks.strides[0] + h * ranks.strides[1]
+    for tile in range(0, n, TILE):
+        width, task = min(TILE, n - tile), first + tile // tokens
+        for g in range(group):
+            scale_floats(rows + g * scores.strides[1] + 4 * tile, width, factors[task, g])
+        if mode == OF_PROBABILITIES:
+            _add_up(rows + 4 * tile, scores.strides[1], group, width, to + 4 * tile)
+
+
+# -- scores from a few components --------------------------------------------------------------------------------------
+
+
+@kernel
+def _choose(q, r, run_bytes, offsets, weights, task):  # type: ignore[no-untyped-def]
+    """For a KV head: the r components of largest sum |q|, and the queries' there, divided by tau."""
+    heads, (_, d, group) = len(weights) // len(q), weights.shape
+    b, first = task // heads, task % heads * group
+    sums, keys, chosen = np.zeros(d, np.float32), np.empty(d + 16, np.int32), np.empty(d, np.int32)
+    for j in range(d):
+        chosen[j] = j
+    for g in range(group):
+        for j in range(d):
+            sums[j] += abs(q[b, first + g, j])
+    keys_of(address(sums), d, address(keys))
+    keep_largest(keys, chosen, d, r)
+    for i in range(r):
+        offsets[task, i] = chosen[i] * run_bytes
+    for g in range(group):
+        few, every = np.float32(0.0), np.float32(0.0)
+        for j in range(d):
+            every += abs(q[b, first + g, j])
+        for i in range(r):
+            few += abs(q[b, first + g, chosen[i]])
+        tau = np.sqrt(np.float32(d) * (few / max(every, np.float32(1e-30))))
+        for i in range(r):
+            weights[task, i, g] = q[b, first + g, chosen[i]] / tau if tau > 0 else np.float32(0.0)
+
+
+@kernel
+def _score_few(  # type: ignore[no-untyped-def]
+    index, stop, tokens, most, r, offsets, weights, heads, scores, largest, total, unfinished, ranks, mode, task
+):
+    group, n_head_kv, block = weights.shape[2], index.shape[1], index.shape[4]
+    b, h, begin, end = _part(task, tokens, most, n_head_kv, stop)
+    if begin >= end:
+        return
+    head = address(index) + b * index.strides[0] + h * index.strides[1]
+    rows = address(scores) + b * scores.strides[0] + h * group * scores.strides[1]
+    kv_head = b * n_head_kv + h
+    chosen, factors = address(offsets) + kv_head * offsets.strides[0], address(weights) + kv_head * weights.strides[0]
+    for tile in range(begin, end, TILE):
+        where = head + tile // block * index.strides[2] + tile % block * index.strides[4]
+        later = tile + TILE if tile + TILE < end else tile
+        ahead = head + later // block * index.strides[2] + later % block * index.strides[4]
+        for g in range(0, group, len(heads)):
+            to, n = rows + g * scores.strides[1] + 4 * tile, min(TILE, end - tile)
+            add_runs(index, where, ahead, chosen, factors + 4 * g, group, r, n, to, scores.strides[1], heads)
+    to = address(ranks) + b * ranks.strides[0] + h * ranks.strides[1] + 4 * begin
+    rows += 4 * begin
+    _exponentials(rows, scores.strides[1], group, end - begin, largest[task], total[task], to, mode)
+    if count_down(address(unfinished) + 8 * kv_head) == 0:
+        _finish_head(b, h, stop, tokens, kv_head * most, largest, total, scores, ranks, mode)
+
+
+@kernel
+def approximate_scores(crew, q, index, stop, r, sum_logits, heads, scores, ranks):  # type: ignore[no-untyped-def]
+    """scores [B, H_q, slots], ranks [B, H_kv, slots] of slots 0 ... stop[b] - 1 by r components of q [B, H_q, d].
+
+    slots are those of the index; what lies behind stop[b] is overwritten. With one query head to a KV head and not
+    sum_logits, ranks are the scores and are not written.
+    """
+    n_seq, n_head_kv, _, d, _ = index.shape
+    group = q.shape[1] // n_head_kv
+    mode = OF_LOGITS if sum_logits else OF_PROBABILITIES if group > 1 else NO_RANKS
+    r = min(r, d)
+    offsets, weights = np.empty((n_seq * n_head_kv, d), np.int64), np.empty((n_seq * n_head_kv, d, group), np.float32)
+    share(crew, n_seq * n_head_kv, _choose, (unowned(q), r, index.strides[3], unowned(offsets), unowned(weights)))
+    tokens, most = _part_tokens(stop, n_head_kv)
+    tasks = n_seq * n_head_kv * most
+    largest, total = np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
+    unfinished = _parts_of_heads(stop, tokens, n_head_kv)
+    of = (unowned(largest), unowned(total), unowned(unfinished), unowned(ranks), mode)
+    chosen = (unowned(index), unowned(stop), tokens, most, r, unowned(offsets), unowned(weights), heads)
+    share(crew, tasks, _score_few, (*chosen, unowned(scores), *of))
+    hold((offsets, weights, largest, total, unfinished))
+
+
+# -- scores from whole keys --------------------------------------------------------------------------------------------
+
+
+@kernel
+def _score_all(  # type: ignore[no-untyped-def]
+    q, k, stop, scale, tokens, most, vectors, heads, scores, largest, total, unfinished, ranks, mode, task
+):
+    n_head_kv, group = k.shape[1], q.shape[1] // k.shape[1]
+    b, h, begin, end = _part(task, tokens, most, n_head_kv, stop)
+    if begin >= end:
+        return
+    for tile in range(begin, end, ROWS):
+        to, n = scores[b, :, tile:], min(ROWS, end - tile)
+        for g in range(h * group, (h + 1) * group, len(heads)):
+            score_rows(k, b, h, tile, n, q, g, scale, to, g, vectors, heads)
+    rows = address(scores) + b * scores.strides[0] + h * group * scores.strides[1] + 4 * begin
+    to = address(ranks) + b * ranks.strides[0] + h * ranks.strides[1] + 4 * begin
+    _exponentials(rows, scores.strides[1], group, end - begin, largest[task], total[task], to, mode)
+    if count_down(address(unfinished) + 8 * (b * n_head_kv + h)) == 0:
+        _finish_head(b, h, stop, tokens, (b * n_head_kv + h) * most, largest, total, scores, ranks, mode)
+
+
+@kernel
+def exact_scores(crew, q, k, stop, scale, vectors, heads, scores, ranks):  # type: ignore[no-untyped-def]
+    """The same from whole keys k [B, H_kv, slots, blocks]: probabilities, and their sums over the group.
+
+    scores and ranks have the slots of k, rounded up to 16; vectors, heads: see tiles.score_rows.
+    """
+    n_seq, n_head_kv, group = k.shape[0], k.shape[1], q.shape[1] // k.shape[1]
+    mode = OF_PROBABILITIES if group > 1 else NO_RANKS
+    tokens, most = _part_tokens(stop, n_head_kv)
+    tasks = n_seq * n_head_kv * most
+    largest, total = np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
+    unfinished = _parts_of_heads(stop, tokens, n_head_kv)
+    of = (unowned(largest), unowned(total), unowned(unfinished), unowned(ranks), mode)
+    args = (unowned(q), unowned(k), unowned(stop), scale, tokens, most, vectors, heads)
+    share(crew, tasks, _score_all, (*args, unowned(scores), *of))
+    hold((largest, total, unfinished))

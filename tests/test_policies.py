@@ -1,0 +1,599 @@
+"""What every KV policy must do, in one table over all of them; then each rule on a case worked out by hand.
+
+A policy is run without a model: queries, keys and values are random, and go in as a decoder would send them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from golden import MODELS, make_model
+
+from kernels_cpu import CpuOps
+from minirt import Llama
+from minirt.cache import allocate_cache
+from minirt.errors import ModelError
+from minirt.ops import NO_POSITION
+from minirt.policies import POLICIES, BasePolicy, parse_policy
+from minirt.policies.base import BoundedPolicy
+from minirt.policies.d2o import spread
+from minirt.policies.evicting import Evicting
+from minirt.reference import ReferenceOps
+from minirt.reference.attention import turn
+from minirt.rope import Angles, Rope
+from minirt.stores import STORES
+
+# One row a policy: as it is used, and with a budget that nothing exceeds ({n}: the context).
+POLICY_TABLE = {
+    "dense": "dense",
+    "sparq:r=4:k=12": "sparq:r=4:k={n}",
+    "sparq:r=4:k=12:reallocate=on:local=1:gqa=sum-logit": "sparq:r=4:k={n}:reallocate=on",
+    "topk:k=12": "topk:k={n}",
+    "window:budget=16": "window:budget={n}",
+    "streaming:budget=16": "streaming:budget={n}",
+    "streaming:budget=16:positions=reindexed": "streaming:budget={n}:positions=reindexed",
+    "lm-infinite:budget=16:sinks=3": "lm-infinite:recent={n}",
+    "h2o:budget=16": "h2o:budget={n}",
+    "h2o:budget=16:compress=chunked": "h2o:budget=1/1:compress=chunked",
+    "tova:budget=16": "tova:budget={n}",
+    "tova:budget=16:per=head": "tova:budget={n}:per=head",
+    "tova:budget=16:compress=stepwise": "tova:budget={n}:compress=stepwise",
+    "d2o:budget=16": "d2o:budget={n}",
+    "d2o-code:budget=16": "d2o-code:budget={n}",
+}
+HEADS = [(4, 4, 20), (6, 2, 64), (4, 1, 80), (8, 1, 128)]  # H_q, H_kv, d
+OPS = {"reference": ReferenceOps(), "cpu": CpuOps(threads=2)}
+
+
+class Run:
+    """A policy at work on one device: `prompt` and `step` take and give what a decoder's layers would."""
+
+    def __init__(
+        self,
+        policy: str | BasePolicy,
+        ops: Any = None,
+        heads: tuple[int, int, int] = (6, 2, 16),
+        n_ctx: int = 512,
+        n_layer: int = 3,
+        n_seq: int = 1,
+        kv: str = "f32",
+    ):
+        self.policy: Any = parse_policy(policy) if isinstance(policy, str) else policy
+        self.ops = ops or OPS["reference"]
+        self.config: Any = SimpleNamespace(
+            n_layer=n_layer, n_head=heads[0], n_head_kv=heads[1], head_dim=heads[2], sliding_window=0
+        )
+        self.rope = Rope(1e4 ** (-np.arange(heads[2] // 2) * 2.0 / heads[2]), 1.25, True)
+        plan = self.policy.plan(self.config, n_ctx, STORES[kv], STORES[kv])
+        self.cache = allocate_cache(plan, self.config, self.ops, n_seq, self.rope)
+
+    def prompt(self, qkv: Any, seq: int = 0, chunk: int = 10**6) -> np.ndarray:
+        """q, k, v [n_layer, T, H, d] -> [n_layer, T, H_q, d]."""
+        outs, n = [], qkv[0].shape[1]
+        chunk = n if self.policy.whole_prompt else chunk
+        for i in range(0, n, chunk):
+            part = [x[:, i : i + chunk] for x in qkv]
+            outs.append(
+                [self._own(self.policy.prefill, layer, seq, *(x[layer] for x in part)) for layer in self.layers]
+            )
+            self.policy.prefilled(self.ops, self.cache, seq)
+            self.cache.n_seen[seq] += part[0].shape[1]
+        return np.concatenate(outs, axis=1)
+
+    def step(self, qkv: Any) -> np.ndarray:
+        """q, k, v [n_layer, B, H, d] -> [n_layer, B, H_q, d]."""
+        out = np.array([self._own(self.policy.attend, layer, *(x[layer] for x in qkv)) for layer in self.layers])
+        self.cache.n_seen += 1
+        return out
+
+    def steps(self, qkv: Any) -> np.ndarray:
+        """One sequence, token by token: [n_layer, T, H_q, d]."""
+        return np.concatenate([self.step([x[:, t : t + 1] for x in qkv]) for t in range(qkv[0].shape[1])], axis=1)
+
+    def rewind(self, n: int, seq: int = 0) -> int:
+        return int(self.policy.rewind(self.ops, self.cache, seq, n))
+
+    @property
+    def layers(self) -> range:
+        return range(self.config.n_layer)
+
+    def positions(self, layer: int = 0, seq: int = 0) -> list[list[int]]:
+        """Of the tokens that an evicting policy holds, per head, in order; the free slot left out."""
+        held = min(int(self.cache.n_seen[seq]), int(self.policy.limits(self.cache, layer)[seq]) + 1)
+        rows = np.array(self.cache.side["positions"][layer])[seq, :, :held]
+        return [sorted(p for p in row.tolist() if p != NO_POSITION) for row in rows]
+
+    def _own(self, method: Any, layer: int, *args: Any) -> np.ndarray:
+        return np.array(method(self.ops, self.cache, layer, *args))
+
+
+def random_qkv(heads: tuple[int, int, int], n: int, n_layer: int = 3, seed: int = 0) -> list[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    h_q, h_kv, d = heads
+    q, k, v = (rng.standard_normal((n_layer, n, h, d)).astype(np.float32) for h in (h_q, h_kv, h_kv))
+    # Some tokens are heeded by all, as in real text: else what is kept is kept by chance.
+    k += 1.5 * rng.standard_normal((1, n, 1, 1)).astype(np.float32) * q.mean(axis=(1, 2), keepdims=True)
+    return [q, k, v]
+
+
+def cut(qkv: Any, start: int, stop: int) -> list[np.ndarray]:
+    return [x[:, start:stop] for x in qkv]
+
+
+def distance(a: np.ndarray, b: np.ndarray) -> float:
+    return float(np.linalg.norm((a - b).astype(np.float64)) / np.linalg.norm(b.astype(np.float64)))
+
+
+def test_every_policy_is_in_the_table() -> None:
+    assert {spec.partition(":")[0] for spec in POLICY_TABLE} == set(POLICIES)
+    for spec in POLICY_TABLE:
+        assert str(parse_policy(str(parse_policy(spec)))) == str(parse_policy(spec))
+
+
+# -- all of them -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize(
+    ("device", "kv", "error"), [("reference", "f32", 1e-6), ("cpu", "f32", 2e-6), ("cpu", "f16", 1e-3)]
+)
+@pytest.mark.parametrize("full", sorted(set(POLICY_TABLE.values())))
+def test_a_full_budget_is_dense(full: str, device: str, kv: str, error: float, heads: tuple[int, int, int]) -> None:
+    n, prompt, qkv = 64, 40, random_qkv(heads, 64)
+    ours = Run(full.format(n=n), OPS[device], heads, n_ctx=n, kv=kv)
+    truth = Run("dense", None, heads, n_ctx=n)
+    for run in (ours, truth):
+        run.outs = [run.prompt(cut(qkv, 0, prompt)), run.steps(cut(qkv, prompt, n))]  # type: ignore[attr-defined]
+    for a, b in zip(ours.outs, truth.outs, strict=True):  # type: ignore[attr-defined]
+        assert distance(a, b) <= error
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("spec", POLICY_TABLE)
+def test_the_cpu_does_as_the_reference(spec: str, heads: tuple[int, int, int]) -> None:
+    """A prompt and 300 steps: outputs, and which tokens are held."""
+    qkv = random_qkv(heads, 340, n_layer=2, seed=1)
+    ours, truth = (Run(spec, OPS[device], heads, n_layer=2) for device in ("cpu", "reference"))
+    assert distance(ours.prompt(cut(qkv, 0, 40)), truth.prompt(cut(qkv, 0, 40))) <= 2e-6
+    for t in range(40, 340):
+        a, b = (run.step(cut(qkv, t, t + 1)) for run in (ours, truth))
+        assert distance(a, b) <= 2e-6, t
+        if isinstance(truth.policy, Evicting):
+            for layer in range(2):
+                held = [np.array(run.cache.side["positions"][layer]) for run in (ours, truth)]
+                n = min(t + 1, int(truth.policy.limits(truth.cache, layer)[0]) + 1)
+                assert (held[0][:, :, :n] == held[1][:, :, :n]).all(), t
+
+
+@pytest.mark.parametrize("device", OPS)
+@pytest.mark.parametrize("spec", POLICY_TABLE)
+def test_chunks_of_a_prompt_do_not_matter(spec: str, device: str) -> None:
+    policy = parse_policy(spec)
+    if isinstance(policy, Evicting) and policy.compress == "chunked":
+        pytest.skip("cut after every chunk by definition")
+    qkv = random_qkv((6, 2, 16), 90)
+    whole, chunked = (Run(policy, OPS[device]) for _ in range(2))
+    a, b = whole.prompt(cut(qkv, 0, 70)), chunked.prompt(cut(qkv, 0, 70), chunk=9)
+    assert distance(b, a) <= 2e-6
+    assert distance(chunked.steps(cut(qkv, 70, 90)), whole.steps(cut(qkv, 70, 90))) <= 1e-5
+
+
+@pytest.mark.parametrize("device", OPS)
+@pytest.mark.parametrize("spec", POLICY_TABLE)
+def test_nothing_is_left_of_the_last_text(spec: str, device: str) -> None:
+    fresh, used = (Run(spec, OPS[device]) for _ in range(2))
+    before, text = random_qkv((6, 2, 16), 60, seed=5), random_qkv((6, 2, 16), 60, seed=6)
+    used.prompt(cut(before, 0, 50))
+    used.steps(cut(before, 50, 60))
+    assert used.rewind(0) == 0
+    for run in (fresh, used):
+        run.outs = [run.prompt(cut(text, 0, 30)), run.steps(cut(text, 30, 60))]  # type: ignore[attr-defined]
+    for a, b in zip(used.outs, fresh.outs, strict=True):  # type: ignore[attr-defined]
+        assert (a == b).all()
+
+
+@pytest.mark.parametrize("device", OPS)
+@pytest.mark.parametrize("spec", POLICY_TABLE)
+@pytest.mark.parametrize("prompt", [0, 30])
+def test_what_can_be_kept_is_kept(spec: str, device: str, prompt: int) -> None:
+    """Going back to n tokens gives what a text of n tokens gives; how far back is the policy's."""
+    qkv, n = random_qkv((6, 2, 16), 60, seed=7), 36
+    for back in (35, 14, 9):
+        used, fresh = (Run(spec, OPS[device]) for _ in range(2))
+        if prompt:
+            used.prompt(cut(qkv, 0, prompt))
+        used.steps(cut(qkv, prompt, n))
+        kept = used.rewind(back)
+        assert kept in (0, back)
+        if kept and not (prompt and isinstance(used.policy, Evicting)):
+            fresh.steps(cut(qkv, 0, kept))
+            assert distance(used.steps(cut(qkv, kept, 60)), fresh.steps(cut(qkv, kept, 60))) <= 1e-5
+    lossless = spec.partition(":")[0] in ("dense", "sparq", "topk")
+    assert not lossless or kept == back
+
+
+@pytest.mark.parametrize("device", OPS)
+@pytest.mark.parametrize("spec", POLICY_TABLE)
+def test_a_long_text_in_little_memory(spec: str, device: str) -> None:
+    """Ten times past the budget, prompts between: finite, and bounded policies hold what they promise."""
+    run = Run(spec, OPS[device], n_layer=1, n_ctx=400)
+    before = run.cache.layers[0].k.nbytes
+    qkv = random_qkv((6, 2, 16), 400, n_layer=1, seed=2)
+    for start in range(0, 400, 100):
+        out = run.prompt(cut(qkv, start, start + 60), chunk=25), run.steps(cut(qkv, start + 60, start + 100))
+        assert all(np.isfinite(x).all() for x in out)
+    config, policy = run.config, run.policy
+    held = policy.held(config, run.cache, 0)
+    if isinstance(policy, BoundedPolicy) and policy.name != "d2o-code":
+        assert held == 16
+        assert run.cache.layers[0].k.nbytes == before < 20 * 2 * 16 * 4 * 2
+    else:
+        assert held == 400
+
+
+@pytest.mark.parametrize("device", OPS)
+@pytest.mark.parametrize("spec", POLICY_TABLE)
+def test_sequences_of_a_batch_do_not_mix(spec: str, device: str) -> None:
+    lengths, heads = (3, 45, 20), (6, 2, 16)
+    texts = [random_qkv(heads, n + 30, seed=n) for n in lengths]
+    batch = Run(spec, OPS[device], heads, n_seq=3)
+    for seq, (n, text) in enumerate(zip(lengths, texts, strict=True)):
+        batch.prompt(cut(text, 0, n), seq)
+    together = np.stack(
+        [
+            batch.step(
+                [
+                    np.concatenate([t[i][:, n + s : n + s + 1] for n, t in zip(lengths, texts, strict=True)], axis=1)
+                    for i in range(3)
+                ]
+            )
+            for s in range(30)
+        ],
+        axis=1,
+    )  # [n_layer, steps, B, H_q, d]
+    for seq, (n, text) in enumerate(zip(lengths, texts, strict=True)):
+        alone = Run(spec, OPS[device], heads)
+        alone.prompt(cut(text, 0, n))
+        assert distance(together[:, :, seq], alone.steps(cut(text, n, n + 30))) <= 1e-5
+
+
+@pytest.mark.parametrize("spec", POLICY_TABLE)
+def test_a_sequence_moves_with_all_that_is_its_own(spec: str) -> None:
+    """As when a batch shrinks: the last sequence takes the place of one that has ended."""
+    heads, text = (6, 2, 16), random_qkv((6, 2, 16), 70)
+    batch, alone = Run(spec, None, heads, n_seq=2), Run(spec, None, heads)
+    batch.prompt(cut(random_qkv(heads, 20, seed=1), 0, 20), 0)
+    for run, seq in ((batch, 1), (alone, 0)):
+        run.prompt(cut(text, 0, 40), seq)
+    batch.cache.move(1, 0)
+    batch.cache = batch.cache.part(0, 1)
+    assert distance(batch.steps(cut(text, 40, 70)), alone.steps(cut(text, 40, 70))) <= 1e-6
+
+
+@pytest.mark.parametrize("spec", [s for s in POLICY_TABLE if isinstance(parse_policy(s), Evicting)])
+def test_a_short_text_after_a_long_one(spec: str) -> None:
+    """Nothing is cut then that would set thresholds or budgets anew."""
+    used, fresh, text = Run(spec), Run(spec), random_qkv((6, 2, 16), 60, seed=6)
+    used.prompt(random_qkv((6, 2, 16), 50, seed=5))
+    used.rewind(0)
+    for run in (used, fresh):
+        run.outs = [run.prompt(cut(text, 0, 6)), run.steps(cut(text, 6, 60))]  # type: ignore[attr-defined]
+    for a, b in zip(used.outs, fresh.outs, strict=True):  # type: ignore[attr-defined]
+        assert (a == b).all()
+
+
+@pytest.mark.parametrize("spec", [s for s in POLICY_TABLE if isinstance(parse_policy(s), BoundedPolicy)])
+def test_too_much_that_is_pinned_is_refused(spec: str) -> None:
+    run = Run(spec, n_layer=6)
+    run.cache.pinned[:] = 12
+    with pytest.raises(ModelError, match="12 tokens are pinned, which leaves no room in a budget of 16"):
+        run.prompt(random_qkv((6, 2, 16), 20, n_layer=6))
+
+
+def test_d2o_code_keeps_what_fits() -> None:
+    heads, qkv = (6, 2, 16), random_qkv((6, 2, 16), 80, n_layer=6)
+    ours, truth = (Run(spec, None, heads, n_layer=6) for spec in ("d2o-code:budget=100", "dense"))
+    for run in (ours, truth):
+        run.outs = [run.prompt(cut(qkv, 0, 5)), run.steps(cut(qkv, 5, 80))]  # type: ignore[attr-defined]
+    assert ours.cache.limits[0].tolist() == [512, 512, 100, 100, 100, 512]
+    for a, b in zip(ours.outs, truth.outs, strict=True):  # type: ignore[attr-defined]
+        assert distance(a, b) <= 1e-6
+
+
+@pytest.mark.parametrize("device", OPS)
+@pytest.mark.parametrize("spec", POLICY_TABLE)
+def test_pinned_tokens_stay(spec: str, device: str) -> None:
+    """What the first tokens say is heard as long as they are pinned: their values are the only ones that are not 0."""
+    policy = parse_policy(spec)
+    if not isinstance(policy, BoundedPolicy):
+        pytest.skip("nothing is evicted")
+    qkv = random_qkv((6, 2, 16), 200, seed=3)
+    qkv[2][:, 5:] = 0
+    qkv[2][:, :5] = 1
+    heard = {}
+    for pinned in (0, 5):
+        run = Run(replace(policy, budget=18), OPS[device])
+        run.cache.pinned[:] = pinned
+        run.prompt(cut(qkv, 0, 120))
+        heard[pinned] = run.steps(cut(qkv, 120, 200))[:, -1]
+        if isinstance(policy, Evicting):
+            assert all(row[:pinned] == list(range(pinned)) for row in run.positions(1))
+    assert (heard[5] > 0).all()
+    assert heard[5].sum() >= heard[0].sum()
+
+
+@pytest.mark.parametrize("device", OPS)
+@pytest.mark.parametrize("spec", POLICY_TABLE)
+def test_nan_harms_no_index(spec: str, device: str) -> None:
+    run, qkv = Run(spec, OPS[device]), random_qkv((6, 2, 16), 80)
+    qkv[1][:, 33] = np.nan
+    with np.errstate(all="ignore"):
+        run.prompt(cut(qkv, 0, 30))
+        run.steps(cut(qkv, 30, 80))
+        run.rewind(0)
+        run.prompt(cut(qkv, 0, 80))
+
+
+# A huge number in the cache changes what is computed from it: so many bytes does one step really read.
+@pytest.mark.parametrize("device", OPS)
+@pytest.mark.parametrize("n", [10, 39])
+@pytest.mark.parametrize("spec", [s for s in POLICY_TABLE if "d2o" not in s])
+def test_bytes_read_are_what_a_step_touches(spec: str, n: int, device: str) -> None:
+    heads, touched = (2, 1, 16), 0
+    qkv = random_qkv(heads, n + 1, n_layer=1, seed=4)
+    qkv[0][:] = np.abs(qkv[0]) + 0.1  # no component may be left out because it is zero
+
+    def after(poison: Any = None) -> np.ndarray:
+        run = Run(spec, OPS[device], heads, n_ctx=48, n_layer=1)
+        run.prompt(cut(qkv, 0, n))
+        if poison is not None:
+            name, index = poison
+            array = getattr(run.cache.layers[0], name) if name in "kv" else run.cache.side[name][0]
+            np.asarray(array).view(np.float32).reshape(-1)[index] = 1e4
+        out = run.step(cut(qkv, n, n + 1))
+        scores = np.array(run.cache.side["scores"][0]) if "scores" in run.cache.side else np.zeros(1)
+        return np.concatenate([out.ravel(), scores.ravel()])
+
+    with np.errstate(all="ignore"):
+        clean, plan = after(), Run(spec, OPS[device], heads, n_ctx=48, n_layer=1)
+        assert np.isfinite(clean).all()
+        arrays = {"k": plan.cache.layers[0].k, "v": plan.cache.layers[0].v}
+        arrays |= {name: plan.cache.side[name][0] for name in ("index", "mean") if name in plan.cache.side}
+        for name, array in arrays.items():
+            size = np.asarray(array).view(np.float32).size
+            touched += sum(not np.array_equal(after((name, i)), clean, equal_nan=True) for i in range(size))
+    config, policy = plan.config, plan.policy
+    read = policy.bytes_read(config, plan.cache.plan, n + 1)
+    held = min(n + 1, 17)
+    if isinstance(policy, Evicting):
+        read -= 4 * held  # its scores, which are compared with each other only
+    # The step's own row is read, but written just before: what was there is gone.
+    row = 16 * 4
+    own = 2 * row
+    if spec.startswith("topk"):
+        qkv[2][:, n] += 1
+        own = row + row * (not np.array_equal(after(), clean))  # its value, if it is among the best
+    if "index" in arrays and n + 1 > policy.k:
+        own += 4 * policy.r
+    assert 4 * touched + own == read
+
+
+# -- each rule, worked out by hand -------------------------------------------------------------------------------------
+# One head of 16: a query of 4 in its first component and a key of log w there meet with the weight w.
+
+
+def toy(weights: Any, values: Any) -> list[np.ndarray]:
+    """q, k, v [1, T, 1, 16] of tokens that weigh `weights` and say `values` in their first component."""
+    n = len(weights)
+    q, k, v = (np.zeros((1, n, 1, 16), np.float32) for _ in range(3))
+    q[..., 0], k[0, :, 0, 0], v[0, :, 0, 0] = 4, np.log(weights), values
+    return [q, k, v]
+
+
+def toy_run(policy: Any, device: str) -> Run:
+    return Run(policy, OPS[device], (1, 1, 16), n_layer=1)
+
+
+def said(out: np.ndarray) -> float:
+    return float(out[0, -1, 0, 0])
+
+
+@pytest.mark.parametrize("device", OPS)
+def test_tova_by_hand(device: str) -> None:
+    run, text = toy_run("tova:budget=3", device), toy([2, 8, 4, 1, 16, 4], [1, 2, 3, 4, 5, 6])
+    run.prompt(cut(text, 0, 3))
+    assert run.positions() == [[0, 1, 2]]
+    out = run.step(cut(text, 3, 4))
+    assert said(out) == pytest.approx((2 * 1 + 8 * 2 + 4 * 3 + 1 * 4) / 15, rel=1e-6)
+    assert run.positions() == [[0, 1, 2]]  # the newest weighed least, and went at once
+    out = run.step(cut(text, 4, 5))
+    assert said(out) == pytest.approx((2 * 1 + 8 * 2 + 4 * 3 + 16 * 5) / 30, rel=1e-6)
+    assert run.positions() == [[1, 2, 4]]
+    run.step(cut(text, 5, 6))
+    assert run.positions() == [[1, 2, 4]]  # tokens 2 and 5 weigh the same: 5 stands in the slot of token 0
+    run.rewind(0)
+    run.prompt(toy([2, 64, 1, 4, 32], [0] * 5))
+    assert run.positions() == [[1, 3, 4]]
+
+
+@pytest.mark.parametrize("device", OPS)
+def test_tova_by_layer_or_by_head(device: str) -> None:
+    """Two heads that disagree: together they keep what one of them heeds much, alone each keeps its own."""
+    weights = np.array([[8, 4, 1], [1, 4, 8]])  # [head, token]
+    k = np.zeros((1, 3, 2, 16), np.float32)
+    k[0, :, :, 0] = np.log(weights.T)
+    q, v = np.zeros((1, 3, 2, 16), np.float32), np.zeros((1, 3, 2, 16), np.float32)
+    q[..., 0] = 4
+    for spec, held in (("tova:budget=2", [[0, 2]]), ("tova:budget=2:per=head", [[0, 1], [1, 2]])):
+        run = Run(spec, OPS[device], (2, 2, 16), n_layer=1)
+        run.prompt([q, k, v])
+        assert run.positions() == held
+
+
+@pytest.mark.parametrize("device", OPS)
+def test_tova_keeps_neither_first_nor_newest(device: str) -> None:
+    run, text = toy_run("tova:budget=4", device), toy([1, 9, 9, 9, 9, 2], [0] * 6)
+    run.prompt(cut(text, 0, 5))
+    run.step(cut(text, 5, 6))
+    assert run.positions() == [[1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("device", OPS)
+def test_h2o_by_hand(device: str) -> None:
+    run, text = toy_run("h2o:budget=3:recent=1", device), toy([1, 2, 1, 4, 1], [1, 10, 100, 1000, 10000])
+    run.prompt(cut(text, 0, 3))
+    scores = np.array(run.cache.side["scores"][0])[0, 0]
+    assert scores[:3] == pytest.approx([1 + 1 / 3 + 1 / 4, 2 / 3 + 1 / 2, 1 / 4], rel=1e-6)
+    assert said(run.step(cut(text, 3, 4))) == pytest.approx((1 + 2 * 10 + 100 + 4 * 1000) / 8, rel=1e-6)
+    assert run.positions() == [[0, 1, 3]]  # 1/4 + 1/8 of token 2 is least; the newest is protected
+    out = run.step(cut(text, 4, 5))
+    assert said(out) == pytest.approx((1 + 2 * 10 + 4 * 1000 + 10000) / 8, rel=1e-6)
+    assert run.positions() == [[0, 1, 4]]  # token 3 came late: 1/2 + 1/2
+
+
+@pytest.mark.parametrize("device", OPS)
+def test_h2o_does_not_freeze_on_early_tokens(device: str) -> None:
+    """New tokens have had no time to gather attention; the protected newest give it to them."""
+    weights = np.ones(340)
+    weights[60] = 1000
+    run, text = toy_run("h2o:budget=16", device), toy(weights, weights)
+    run.prompt(cut(text, 0, 40))
+    run.steps(cut(text, 40, 340))
+    (row,) = run.positions()
+    assert row[-8:] == list(range(332, 340))
+    assert 60 in row
+
+
+@pytest.mark.parametrize("device", OPS)
+def test_d2o_by_hand(device: str) -> None:
+    """As H2O, but token 2 lives on in token 0: all keys have the same direction, so the first is most like it."""
+    run = toy_run("d2o:budget=3:recent=1:sinks=0", device)
+    text = toy([2, 4, 2, 8, 2], [1, 10, 100, 1000, 10000])
+    run.prompt(cut(text, 0, 3))
+    run.step(cut(text, 3, 4))
+    assert run.positions() == [[0, 1, 3]]
+    # u = 1: w = e / (e + exp(1)) = 1/2 for key and value, log 2 and log 2, 1 and 100
+    assert said(run.step(cut(text, 4, 5))) == pytest.approx((2 * 50.5 + 4 * 10 + 8 * 1000 + 2 * 10000) / 16, rel=1e-5)
+    first = 0.7 * 1 + 0.3 * 0
+    assert np.array(run.cache.side["threshold"][0])[0, 0] == pytest.approx(0.7 * 1 + 0.3 * first, rel=1e-5)
+
+
+@pytest.mark.parametrize("device", OPS)
+def test_d2o_layers_share_what_was_promised(device: str) -> None:
+    heads = (6, 2, 16)
+    run, qkv = Run("d2o:budget=16", OPS[device], heads, n_layer=5), random_qkv(heads, 120, n_layer=5, seed=9)
+    qkv[1] *= np.array([0.1, 0.5, 1, 2, 3], np.float32).reshape(5, 1, 1, 1)  # ever sharper attention
+    run.prompt(cut(qkv, 0, 100))
+    limits = run.cache.limits[0]
+    assert limits.sum() == 5 * 16
+    assert limits[0] == limits.max() > limits.min()  # where attention is even, many tokens are worth keeping
+    assert limits.max() <= np.e * limits.min() + 2
+    assert [kv.k.shape[2] for kv in run.cache.layers] == [n + 1 for n in limits]
+    run.steps(cut(qkv, 100, 120))
+    for layer in range(5):
+        assert [len(row) for row in run.positions(layer)] == [limits[layer]] * 2
+
+
+def test_layer_budgets_add_up() -> None:
+    for share, total, most in (
+        ([1, 1, 1], 48, 100),
+        ([1, 2.7, 1], 100, 512),
+        ([1, 1, 2], 300, 100),
+        ([1, 1e-9], 20, 50),
+    ):
+        limits = spread(np.array(share), total, most)
+        assert limits.sum() == min(total, most * len(share))
+        assert limits.max() <= most
+    assert spread(np.array([1.0, 1.0, 2.0]), 400, 300).tolist() == [100, 100, 200]
+
+
+@pytest.mark.parametrize("device", OPS)
+def test_sparq_by_hand(device: str) -> None:
+    """q = (4, 2): r = 1 sees the first component, tau = sqrt(16 * 4 / 6). Keys are such that token i seems to weigh
+    seems[i] and weighs weighs[i]."""
+    seems, weighs, v = np.array([1, 4, 2, 1.0]), np.array([5, 3, 1, 1.0]), np.array([1, 10, 100, 1000.0])
+    text, tau = toy(weighs, v), np.sqrt(16 * 4 / 6)
+    text[0][..., 1] = 2
+    text[1][0, :, 0, 0] = np.log(seems) * tau / 4
+    text[1][0, :, 0, 1] = 2 * (np.log(weighs) - text[1][0, :, 0, 0])
+    y, alpha = (3 * 10 + 1 * 1000) / 4, (4 + 1) / 8  # of the best that seems, and the newest
+    for spec, expected in (
+        ("sparq:r=1:k=2:local=1", alpha * y + (1 - alpha) * v.mean()),
+        ("sparq:r=1:k=2:local=1:reallocate=off", y),
+        ("sparq:r=1:k=2:local=0:reallocate=off", (3 * 10 + 1 * 100) / 4),
+    ):
+        run = toy_run(spec, device)
+        run.prompt(cut(text, 0, 3))
+        assert said(run.step(cut(text, 3, 4))) == pytest.approx(expected, rel=1e-5)
+    run = toy_run("topk:k=2", device)
+    run.prompt(cut(text, 0, 3))
+    assert said(run.step(cut(text, 3, 4))) == pytest.approx((5 * 1 + 3 * 10) / 10, rel=1e-5)  # not renormalised
+
+
+def test_grouped_heads_choose_together() -> None:
+    """sum-prob: two heads, of which one is sure; sum-logit: the other's veto counts."""
+    q, k, v = (np.zeros((1, 4, h, 16), np.float32) for h in (2, 1, 1))
+    q[..., 0, 0], q[..., 1, 1] = 4, 4
+    k[0, :, 0, 0] = [3, 0, 1.5, -9]
+    k[0, :, 0, 1] = [-9, 1.5, 1.5, -9]
+    v[0, :, 0, 0] = [1, 2, 3, 4]
+    for gqa, best in (("sum-prob", 0), ("sum-logit", 2)):
+        run = Run(f"sparq:r=2:k=1:local=0:gqa={gqa}", None, (2, 1, 16), n_layer=1)
+        run.prompt(cut([q, k, v], 0, 3))
+        assert run.step(cut([q, k, v], 3, 4))[0, 0, :, 0].tolist() == [best + 1, best + 1]
+
+
+@pytest.mark.parametrize("device", OPS)
+@pytest.mark.parametrize("prompt", [1, 9, 40])
+@pytest.mark.parametrize("method", ["window", "streaming", "reindexed", "lm-infinite"])
+def test_windows_see_the_right_tokens_at_the_right_distance(method: str, prompt: int, device: str) -> None:
+    n, budget, sinks, limit = 48, 12, 0 if method == "window" else 3, 7
+    spec = {
+        "window": "window:budget=12", "streaming": "streaming:budget=12:sinks=3",
+        "reindexed": "streaming:budget=12:sinks=3:positions=reindexed",
+        "lm-infinite": "lm-infinite:budget=12:sinks=3:limit=7",
+    }[method]  # fmt: skip
+    run = Run(spec, OPS[device], (2, 1, 16), n_layer=1)
+    rope, rng = run.rope, np.random.default_rng(0)
+    plain = [rng.standard_normal((1, n, h, 16)).astype(np.float32) for h in (2, 1, 1)]
+    turned = [x.copy() for x in plain]
+    for x in turned[:2]:
+        turn(x[0], Angles(rope.angles(np.arange(n)), True))
+    got = np.concatenate([run.prompt(cut(turned, 0, prompt), chunk=7), run.steps(cut(turned, prompt, n))], axis=1)[0]
+
+    window = budget - sinks
+    for t in range(n):
+        seen = {j: t - j for j in range(max(0, t + 1 - window), t + 1)}
+        for j in range(min(sinks, t + 1 - window)):
+            last = min(t, budget - 1) if method == "reindexed" else t
+            seen[j] = min(t, limit) if method == "lm-infinite" else last - j
+        weights = []
+        for j, distance_ in seen.items():
+            q = plain[0][0, t : t + 1].copy()
+            turn(q, Angles(rope.angles(np.array([distance_])), True))
+            weights.append(np.exp(rope.magnitude * (q[0] @ plain[1][0, j, 0]) / 4))
+        p = np.array(weights) / np.sum(weights, axis=0)
+        expected = np.einsum("jh,jd->hd", p, plain[2][0, list(seen), 0])
+        assert np.abs(got[t] - expected).max() <= 2e-5, t
+
+
+@pytest.mark.parametrize("device", OPS)
+def test_only_distances_matter(device: str, tmp_path: Any) -> None:
+    """One layer: what was evicted might never have been there; sinks that are re-indexed are the text's beginning."""
+    path, rng = tmp_path / "one.gguf", np.random.default_rng(0)
+    make_model(path, **MODELS["llama-gqa3-d64-tied"] | {"n_layer": 1})
+    prefix, suffix = rng.integers(4, 300, 60).tolist(), rng.integers(4, 300, 20).tolist()
+    with Llama.load(path, kv="f32", device=device, n_ctx=256) as llama:
+        truth, with_sinks = llama.logits(suffix)[-1], llama.logits(prefix[:4] + suffix)[-1]
+        assert np.abs(truth - llama.logits(prefix + suffix)[-1]).max() > 1e-2
+        for policy, expected in (("window:budget=20", truth), ("streaming:budget=24:positions=reindexed", with_sinks)):
+            for read in (10, 50, 80):
+                llama.set_policy(policy)
+                logits = llama.session.feed((prefix + suffix)[:read])
+                for token in (prefix + suffix)[read:]:
+                    logits = llama.session.step(token)
+                assert np.abs(logits - expected).max() <= 2e-5 * np.abs(expected).max()
