@@ -151,6 +151,7 @@ class Llama:
         if small.name != "dense":
             few.prefill(cache, [0] * (PROMPT - 2), logits="none")  # what is held and what is new, together
             few.decode(cache, [0])
+            few.rewind(cache, 0, int(cache.n_seen[0]) - 1)
 
     def tokenize(self, text: str, *, add_bos: bool | None = None, parse_special: bool = False) -> list[int]:
         """Text -> token ids. add_bos: None = as the file says; parse_special: special tokens in the text are tokens."""
