@@ -225,7 +225,10 @@ class CpuOps(EvictionOps, SparseOps):
         group = q.shape[1] // kv.k.shape[1]
         block = block_tokens(group)
         scratch = self._buffer("attention", (self.threads, attention_scratch(block, group, q.shape[2])))
-        kept = _NOTHING_KEPT if lse is None else self._buffer("denominators", (len(q), 2 * q.shape[1]))
+        kept = _NOTHING_KEPT
+        if lse is not None:
+            check_float_rows(lse)
+            kept = self._buffer("denominators", (len(q), 2 * q.shape[1]))
         crew, rows, scale = self._crew.call(), rows_of(kv, seq), 1.0 / math.sqrt(d)
         attend_chunk(crew, q, *rows, group, start, window, stop, scale, block, scratch, out, kept)
         if lse is not None:
