@@ -23,7 +23,7 @@ import click
 import numpy as np
 
 from kernels_cpu import CpuOps
-from minirt import Llama
+from minirt import Llama, __version__
 from minirt.bench import cpu_name, read_bandwidth
 from minirt.decoder import Decoder
 from minirt.ops import INDEX_BLOCK, KV
@@ -159,7 +159,7 @@ def main(model: str, threads: int, steps: int, rounds: int, output: Path) -> Non
     """Measures policies, and writes OUTPUT."""
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "cpu": cpu_name(), "threads": threads, "os": platform.platform(),
-        "python": platform.python_version(), "versions": {name: version(name) for name in ("minirt", "numpy", "numba")},
+        "python": platform.python_version(), "versions": {"minirt": __version__} | {name: version(name) for name in ("numpy", "numba")},
         "commit": commit(), "model": Path(model).name, "read_bandwidth_gb_per_s": read_bandwidth(threads) / 1e9,
     }  # fmt: skip
     result["decoding"] = decoding(model, threads, steps, rounds)
