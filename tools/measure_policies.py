@@ -159,7 +159,8 @@ def main(model: str, threads: int, steps: int, rounds: int, output: Path) -> Non
     """Measures policies, and writes OUTPUT."""
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "cpu": cpu_name(), "threads": threads, "os": platform.platform(),
-        "python": platform.python_version(), "versions": {"minirt": __version__} | {name: version(name) for name in ("numpy", "numba")},
+        "python": platform.python_version(),
+        "versions": {"minirt": __version__} | {name: version(name) for name in ("numpy", "numba")},
         "commit": commit(), "model": Path(model).name, "read_bandwidth_gb_per_s": read_bandwidth(threads) / 1e9,
     }  # fmt: skip
     result["decoding"] = decoding(model, threads, steps, rounds)
