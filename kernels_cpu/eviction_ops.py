@@ -22,7 +22,7 @@ from minirt.checks import (
 from minirt.ops import KV, MergeRule
 from minirt.rope import Angles
 
-from . import eviction, kernels, merging
+from . import eviction, kernels, memory, merging
 from .column_products import add_column_sums, most_similar_rows, scratch_size
 from .crew import Crew
 from .ir_vectors import LANES
@@ -40,7 +40,7 @@ class EvictionOps:
     _crew: Crew
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        return np.zeros(shape, dtype)
+        return memory.zeros(shape, dtype)
 
     def indices(self, values: np.ndarray) -> np.ndarray:
         return np.asarray(values, np.int32)

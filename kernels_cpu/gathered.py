@@ -33,7 +33,7 @@ from .ir_vectors import (
     vector,
 )
 from .softmax import exp, exp_row, row_maximum
-from .tiles import _row_bytes, _TransposedSum, _vectors
+from .tiles import TransposedSum, cached_bytes, cached_vectors
 from .unowned import hold, unowned
 
 TILE = 64  # rows scored before their values are added; whole vectors, because score_listed rounds up to them
@@ -83,14 +83,14 @@ def score_listed(
         last, very_last = b.sub(n, I64(1)), b.sub(b.sub(end, first), I64(1))
         with cgutils.for_range(b, b.udiv(b.add(n, I64(LANES - 1)), I64(LANES))) as loop:
             start = b.mul(loop.index, I64(LANES))
-            sums = [_TransposedSum(b) for _ in range(n_heads)]
+            sums = [TransposedSum(b) for _ in range(n_heads)]
             for r in range(LANES):
                 i, later = b.add(start, I64(r)), b.add(start, I64(r + AHEAD))
                 i = b.select(b.icmp_signed("<", i, last), i, last)
                 later = b.select(b.icmp_signed("<", later, very_last), later, very_last)
-                _ask_for(b, _row_at(b, keys, listed, k_bytes, later), _row_bytes(f, n_vectors), 1)
-                _ask_for(b, _row_at(b, values, listed, v_bytes, i), _row_bytes(f_v, n_vectors), 2)
-                key = _vectors(b, f, _row_at(b, keys, listed, k_bytes, i), n_vectors)
+                _ask_for(b, _row_at(b, keys, listed, k_bytes, later), cached_bytes(f, n_vectors), 1)
+                _ask_for(b, _row_at(b, values, listed, v_bytes, i), cached_bytes(f_v, n_vectors), 2)
+                key = cached_vectors(b, f, _row_at(b, keys, listed, k_bytes, i), n_vectors)
                 for g in range(n_heads):
                     total = b.fmul(key[0], held[g][0])
                     for i in range(1, n_vectors):
@@ -130,8 +130,8 @@ def add_listed(
         with cgutils.for_range(b, n) as loop:
             later = b.add(loop.index, I64(AHEAD))
             later = b.select(b.icmp_signed("<", later, very_last), later, very_last)
-            _ask_for(b, _row_at(b, values, listed, v_bytes, later), _row_bytes(f, n_vectors), 1)
-            value = _vectors(b, f, _row_at(b, values, listed, v_bytes, loop.index), n_vectors)
+            _ask_for(b, _row_at(b, values, listed, v_bytes, later), cached_bytes(f, n_vectors), 1)
+            value = cached_vectors(b, f, _row_at(b, values, listed, v_bytes, loop.index), n_vectors)
             for g in range(n_heads):
                 place = at(b, at(b, weights, b.mul(I64(g), p_bytes)), b.mul(loop.index, I64(4)))
                 weight = splat(b, load(b, place, F32))
@@ -169,7 +169,7 @@ def _parts(k, heads):  # type: ignore[no-untyped-def]
 
 @kernel
 def _attend_part(  # type: ignore[no-untyped-def]
-    q, k, v, rows, stop, scale, parts, length, scores, vectors, scored, summed, sums, largest, total, alpha, task
+    q, k, v, rows, stop, scale, parts, length, weights, vectors, scored, summed, sums, largest, total, alpha, task
 ):
     n_head_kv, group = k.shape[1], q.shape[1] // k.shape[1]
     b, h, begin = task // (parts * n_head_kv), task // parts % n_head_kv, task % parts * length
@@ -192,20 +192,20 @@ def _attend_part(  # type: ignore[no-untyped-def]
                 sums[task, g, j] *= shrink
         for g in range(0, group, len(summed)):
             add_listed(v, b, h, rows, tile, n, tile + n, p, sums, task, g, vectors, summed)
-        for g in range(group if len(scores) else 0):
+        for g in range(group if len(weights) else 0):
             weight = np.float32(0.0)
             for i in range(tile, tile + n):
-                weight += scores[b, first + g, rows[b, h, i]]
+                weight += weights[b, first + g, i]
             alpha[task, g] += weight
 
 
 @kernel
-def attend_rows(crew, q, k, v, rows, stop, scale, scores, mean, vectors, scored, summed, out):  # type: ignore[no-untyped-def]
+def attend_rows(crew, q, k, v, rows, stop, scale, weights, mean, vectors, scored, summed, out):  # type: ignore[no-untyped-def]
     """out [B, H_q, d] = attention of q to slots rows [B, H_kv, k], the first stop[b] of them.
 
-    With a mean [B, H_kv, d or less]: alpha times that and 1 - alpha times the mean, where alpha is the sum of scores
-    [B, H_q, slots] at the rows; without, both are empty. vectors, scored, summed: as in `attend`. Returns whether rows
-    are those of the cache; otherwise nothing is done.
+    With a mean [B, H_kv, d or less]: alpha times that and 1 - alpha times the mean, where alpha is the sum of the rows'
+    weights [B, H_q, k]; without, both are empty. vectors, scored, summed: as in `attend`. Returns whether rows are
+    those of the cache; otherwise nothing is done.
     """
     n_seq, n_head, d = q.shape
     n_head_kv = k.shape[1]
@@ -216,7 +216,7 @@ def attend_rows(crew, q, k, v, rows, stop, scale, scores, mean, vectors, scored,
     tasks = n_seq * n_head_kv * parts
     sums, state = np.empty((tasks, group, d), np.float32), np.empty((3, tasks, group), np.float32)
     largest, total, alpha = state[0], state[1], state[2]
-    of = (unowned(q), unowned(k), unowned(v), unowned(rows), unowned(stop), scale, parts, length, unowned(scores))
+    of = (unowned(q), unowned(k), unowned(v), unowned(rows), unowned(stop), scale, parts, length, unowned(weights))
     to = (unowned(sums), unowned(largest), unowned(total), unowned(alpha))
     share(crew, tasks, _attend_part, (*of, vectors, scored, summed, *to))
     for b in range(n_seq):
@@ -243,36 +243,31 @@ def attend_rows(crew, q, k, v, rows, stop, scale, scores, mean, vectors, scored,
 
 
 @kernel
-def _add_part(v, rows, stop, parts, length, scores, vectors, summed, sums, task):  # type: ignore[no-untyped-def]
+def _add_part(v, rows, stop, parts, length, weights, vectors, summed, sums, task):  # type: ignore[no-untyped-def]
     n_head_kv, group = v.shape[1], sums.shape[1]
     b, h, begin = task // (parts * n_head_kv), task // parts % n_head_kv, task % parts * length
     end = min(begin + length, min(rows.shape[2], np.int64(stop[b])))
-    p = np.empty((group, TILE), np.float32)
     for g in range(group):
         for j in range(sums.shape[2]):
             sums[task, g, j] = 0.0
-    for tile in range(begin, end, TILE):
-        n = min(TILE, end - tile)
-        for g in range(group):
-            for i in range(n):
-                p[g, i] = scores[b, h * group + g, rows[b, h, tile + i]]
-        for g in range(0, group, len(summed)):
-            add_listed(v, b, h, rows, tile, n, end, p, sums, task, g, vectors, summed)
+    own = weights[b, h * group : (h + 1) * group, begin:]
+    for g in range(0, group if begin < end else 0, len(summed)):
+        add_listed(v, b, h, rows, begin, end - begin, end, own, sums, task, g, vectors, summed)
 
 
 @kernel
-def add_rows(crew, v, rows, stop, scores, vectors, summed, out):  # type: ignore[no-untyped-def]
-    """out [B, H_q, d] = scores [B, H_q, slots] times the values of rows [B, H_kv, k], the first stop[b] of them.
+def add_rows(crew, v, rows, stop, weights, vectors, summed, out):  # type: ignore[no-untyped-def]
+    """out [B, H_q, d] = weights [B, H_q, k] times the values of rows [B, H_kv, k], the first stop[b] of them.
 
-    Returns whether rows are those of the cache and of the scores; otherwise nothing is done.
+    Returns whether rows are those of the cache; otherwise nothing is done.
     """
     n_seq, n_head, d = out.shape
     n_head_kv = v.shape[1]
-    if not _rows_fit(rows, stop, min(v.shape[2], scores.shape[2])):
+    if not _rows_fit(rows, stop, v.shape[2]):
         return False
     parts, length = _parts(rows.shape[2], n_seq * n_head_kv)
     sums = np.empty((n_seq * n_head_kv * parts, n_head // n_head_kv, d), np.float32)
-    of = (unowned(v), unowned(rows), unowned(stop), parts, length, unowned(scores), vectors, summed, unowned(sums))
+    of = (unowned(v), unowned(rows), unowned(stop), parts, length, unowned(weights), vectors, summed, unowned(sums))
     share(crew, len(sums), _add_part, of)
     hold((sums,))
     for b in range(n_seq):

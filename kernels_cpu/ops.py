@@ -34,7 +34,7 @@ from .eviction_ops import EvictionOps
 from .gemm import packed_size
 from .integer_products import HAS_WORDS, groups_of, pairs_function, tile_function
 from .ir_vectors import LANES
-from .memory import Arena
+from .memory import Arena, zeros
 from .panels import decode_function, layout, panel_function
 from .prefill_attention import attend_chunk, attention_scratch, block_tokens
 from .prefill_products import many_add_product, many_gated_products, many_norm_products, room_size
@@ -196,7 +196,7 @@ class CpuOps(EvictionOps, SparseOps):
 
     def allocate(self, store: Store, shape: tuple[int, int, int, int]) -> np.ndarray:
         f = FORMATS[_FORMAT_OF_STORE[store.name]]
-        return np.zeros((*shape[:3], whole_vectors(shape[3]) // f.length), f.dtype)
+        return zeros((*shape[:3], whole_vectors(shape[3]) // f.length), f.dtype)
 
     def append(self, kv: KV, seq: np.ndarray, slot: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         check_slots(kv, seq, slot)
@@ -308,7 +308,7 @@ class CpuOps(EvictionOps, SparseOps):
         """Scratch of an op: the same memory at each call, unless more is asked for than before."""
         size = math.prod(shape)
         if name not in self._scratch or self._scratch[name].size < size:
-            self._scratch[name] = np.empty(size, dtype)
+            self._scratch[name] = zeros((size,), dtype)
         return self._scratch[name][:size].reshape(shape)
 
 

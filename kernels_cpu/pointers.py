@@ -34,6 +34,16 @@ def word(typingctx: Any, where: Any, i: Any) -> Any:
 
 
 @intrinsic
+def float_at(typingctx: Any, where: Any, i: Any) -> Any:
+    """The i-th float32 at an address."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        return load(b, at(b, b.inttoptr(args[0], cgutils.voidptr_t), b.mul(args[1], I64(4))), F32)
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
 def add_floats(typingctx: Any, to: Any, source: Any, n: Any) -> Any:
     """to += source for n float32 at two addresses."""
     return _store_floats(lambda b, old, new: b.fadd(old, new))

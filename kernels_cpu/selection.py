@@ -229,19 +229,28 @@ def _collect_largest(values, n, m, keys, indices):  # type: ignore[no-untyped-de
 
 
 @kernel
-def _top_k_row(ranks, stop, k, head, tail, rows, task):  # type: ignore[no-untyped-def]
-    b, h = task // rows.shape[1], task % rows.shape[1]
-    n, m = np.int64(stop[b]), k - head - tail
+def choose_largest(values, n, k, head, tail, rows):  # type: ignore[no-untyped-def]
+    """rows [k], int32 = the k largest of n float32 at an address, ascending; the first min(n, k) of rows count.
+
+    The first `head` and the last `tail` numbers are always among them.
+    """
+    m = k - head - tail
     if n <= k or m == 0:
         for i in range(k):
-            rows[b, h, i] = i if n <= k or i < head else n - k + i
+            rows[i] = i if n <= k or i < head else n - k + i
         return
     keys = np.empty(4 * m + SPARE + GLANCE, np.int32)
     indices = np.empty(4 * m + SPARE + GLANCE, np.int32)
-    values = address(ranks) + b * ranks.strides[0] + h * ranks.strides[1] + 4 * head
-    _collect_largest(values, n - head - tail, m, keys, indices)
+    _collect_largest(values + 4 * head, n - head - tail, m, keys, indices)
     for i in range(k):
-        rows[b, h, i] = i if i < head else indices[i - head] + head if i < head + m else n - k + i
+        rows[i] = i if i < head else indices[i - head] + head if i < head + m else n - k + i
+
+
+@kernel
+def _top_k_row(ranks, stop, k, head, tail, rows, task):  # type: ignore[no-untyped-def]
+    b, h = task // rows.shape[1], task % rows.shape[1]
+    values = address(ranks) + b * ranks.strides[0] + h * ranks.strides[1]
+    choose_largest(values, np.int64(stop[b]), k, head, tail, rows[b, h])
 
 
 @kernel

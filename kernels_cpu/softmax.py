@@ -173,21 +173,23 @@ def largest_logit(typingctx: Any, where: Any, n: Any) -> Any:
 
 
 @intrinsic
-def scale_floats(typingctx: Any, where: Any, n: Any, factor: Any) -> Any:
-    """n float32 at an address become x * factor; 0 if that is not positive, or NaN."""
+def add_scaled(typingctx: Any, to: Any, source: Any, n: Any, factor: Any, more: Any) -> Any:
+    """to = factor * source, or += if `more`, for n float32 at two addresses; products not above 0, or NaN, are 0."""
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
-        row = b.inttoptr(args[0], cgutils.voidptr_t)
+        to, source = (b.inttoptr(a, cgutils.voidptr_t) for a in args[:2])
 
         def turn(index: Value, lanes: int) -> None:
-            place, zero = at(b, row, b.mul(index, I64(4))), constant(F32, 0.0, lanes)
-            x = b.fmul(load(b, place, vector(F32, lanes)), splat(b, args[2], lanes))
-            store(b, b.select(b.fcmp_ordered(">", x, zero), x, zero), place)
+            place, zero = b.mul(index, I64(4)), constant(F32, 0.0, lanes)
+            x = b.fmul(load(b, at(b, source, place), vector(F32, lanes)), splat(b, args[3], lanes))
+            old = b.select(args[4], load(b, at(b, to, place), vector(F32, lanes)), zero)
+            store(b, b.fadd(old, b.select(b.fcmp_ordered(">", x, zero), x, zero)), at(b, to, place))
 
-        for_vectors(b, args[1], turn)
+        for_vectors(b, args[2], turn)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.float32), codegen
+    i64 = types.int64
+    return types.void(i64, i64, i64, types.float32, types.boolean), codegen
 
 
 @intrinsic

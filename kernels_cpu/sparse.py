@@ -1,12 +1,12 @@
-"""Scores of all cached tokens, from a few components of their keys (SparQ, arXiv 2312.04985) or from whole keys.
+"""The k tokens of most weight, by a few components of their keys (SparQ, arXiv 2312.04985) or by whole keys.
 
-The index keeps the components of keys apart: [B, H_kv, blocks, d, INDEX_BLOCK], where a component of a block of tokens
-is one run of memory. The lanes of a vector are tokens, so a logit needs no sum over lanes, and components that were not
+The index keeps the components of keys apart: [B, H_kv, blocks, d, tokens], where a component of a block of tokens is
+one run of memory. The lanes of a vector are tokens, so a logit needs no sum over lanes, and components that were not
 chosen are not touched. A number of the index is read, and converted, once for all query heads that share it.
 
 Tokens are cut into parts of the same length, whatever the number of threads. Each part keeps its own maximum and sum of
-exponentials (arXiv 1805.02867). Whoever ends the last part of a KV head makes all of them probabilities and ranks, most
-of which its caches still hold.
+exponentials (arXiv 1805.02867). Whoever ends the last part of a KV head makes ranks of them, most of which its caches
+still hold, and chooses.
 """
 
 from __future__ import annotations
@@ -22,33 +22,20 @@ from numba.extending import intrinsic
 from .blocks import BY_RECORD
 from .compiled import kernel
 from .crew import share
-from .ir_vectors import (
-    F32,
-    I64,
-    LANES,
-    Value,
-    at,
-    constant,
-    load,
-    multiply_add,
-    prefetch_line,
-    splat,
-    store,
-    vector,
-)
+from .ir_vectors import F32, I64, LANES, Value, at, constant, load, multiply_add, prefetch_line, splat, store, vector
 from .memory import LINE
-from .pointers import add_floats, address, copy_floats
-from .selection import keep_largest, keys_of
-from .softmax import exp, exp_floats, largest_logit, scale_floats
-from .tiles import _vectors, score_rows
+from .pointers import add_floats, address, copy_floats, float_at
+from .selection import choose_largest, keep_largest, keys_of
+from .softmax import add_scaled, exp, exp_floats, largest_logit
+from .tiles import cached_vectors, score_rows
 from .unowned import hold, unowned
 
-TASKS = 16  # of all sequences and heads together, if parts ...
-TILE, MOST = 512, 2048  # ... have so many tokens: the sums of a tile stay in the first cache while runs pass by
+TASKS = 16
+TILE, MOST = 512, 4096
 ROWS = 64  # of whole keys that are scored for some heads, then for others, while they are in the first cache
 TOGETHER = 4  # runs that pass by at once: memory keeps up with as many streams
 
-NO_RANKS, OF_PROBABILITIES, OF_LOGITS = range(3)
+OF_PROBABILITIES, OF_LOGITS = range(2)
 
 
 @intrinsic
@@ -93,7 +80,7 @@ def add_runs(
                 for part in range(0, tokens, LANES):
                     start = b.add(b.mul(loop.index, I64(tokens)), I64(part))
                     source, target = b.mul(start, I64(f.dtype.itemsize)), b.mul(start, I64(4))
-                    values = [_vectors(b, f, at(b, pointer, source), 1)[0] for pointer in runs]
+                    values = [cached_vectors(b, f, at(b, pointer, source), 1)[0] for pointer in runs]
                     for row, of_head in zip(rows, factors, strict=True):
                         total = load(b, at(b, row, target), vector(F32))
                         for x, factor in zip(values, of_head, strict=True):
@@ -135,25 +122,6 @@ def _part(task, tokens, most, heads, stop):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _exponentials(logits, row_bytes, group, n, largest, total, ranks, mode):  # type: ignore[no-untyped-def]
-    """Logits [group, n] at an address become exponentials; largest, total [group]: the part's maximum and sum."""
-    for g in range(group):
-        largest[g] = largest_logit(logits + g * row_bytes, n)
-    if mode == OF_LOGITS:
-        _add_up(logits, row_bytes, group, n, ranks)
-    for g in range(group):
-        some = largest[g] > -np.inf
-        total[g] = exp_floats(logits + g * row_bytes, n, largest[g]) if some else np.float32(0.0)
-
-
-@kernel
-def _add_up(rows, row_bytes, group, n, ranks):  # type: ignore[no-untyped-def]
-    copy_floats(ranks, rows, n)
-    for g in range(1, group):
-        add_floats(ranks, rows + g * row_bytes, n)
-
-
-@kernel
 def _parts_of_heads(stop, tokens, heads):  # type: ignore[no-untyped-def]
     found = np.empty(len(stop) * heads, np.int64)
     for i in range(len(found)):
@@ -173,39 +141,71 @@ def count_down(typingctx: Any, where: Any) -> Any:
 
 
 @kernel
-def _finish_head(b, h, stop, tokens, first, factors, total, scores, ranks, mode):  # type: ignore[no-untyped-def]
-    """Exponentials of a KV head become probabilities, and ranks; parts are tasks `first`, first + 1 ...
-
-    All are 0 if one of the sums is NaN. factors [tasks, group]: the parts' maxima, overwritten.
-    """
-    group, n = factors.shape[1], np.int64(stop[b])
-    parts = (n + tokens - 1) // tokens
-    for g in range(group):
-        high, mass = np.float32(-np.inf), np.float32(0.0)
-        for task in range(first, first + parts):
-            high = max(high, factors[task, g])
-        for task in range(first, first + parts):
-            factors[task, g] = exp(factors[task, g] - high) if total[task, g] != 0 else np.float32(0.0)
-            mass += factors[task, g] * total[task, g]
-        for task in range(first, first + parts):
-            factors[task, g] = factors[task, g] / mass if mass > 0 else np.float32(0.0)
-    rows = address(scores) + b * scores.strides[0] + h * group * scores.strides[1]
+def _finish_part(  # type: ignore[no-untyped-def]
+    b, h, begin, end, stop, tokens, most, task, logits, largest, total, unfinished, ranks, mode, local, rows, weights
+):
+    """Logits [B, H_q, slots] of a part become exponentials; those of a KV head, when all are there, a choice."""
+    group, n, kv_head = largest.shape[1], end - begin, b * ranks.shape[1] + h
+    own = address(logits) + b * logits.strides[0] + h * group * logits.strides[1]
     to = address(ranks) + b * ranks.strides[0] + h * ranks.strides[1]
-    for tile in range(0, n, TILE):
-        width, task = min(TILE, n - tile), first + tile // tokens
-        for g in range(group):
-            scale_floats(rows + g * scores.strides[1] + 4 * tile, width, factors[task, g])
-        if mode == OF_PROBABILITIES:
-            _add_up(rows + 4 * tile, scores.strides[1], group, width, to + 4 * tile)
-
-
-# -- scores from a few components --------------------------------------------------------------------------------------
+    for g in range(group):
+        largest[task, g] = largest_logit(own + g * logits.strides[1] + 4 * begin, n)
+    if mode == OF_LOGITS:
+        copy_floats(to + 4 * begin, own + 4 * begin, n)
+        for g in range(1, group):
+            add_floats(to + 4 * begin, own + g * logits.strides[1] + 4 * begin, n)
+    for g in range(group):
+        high = largest[task, g]
+        here = own + g * logits.strides[1] + 4 * begin
+        total[task, g] = exp_floats(here, n, high) if high > -np.inf else np.float32(0.0)
+    if count_down(address(unfinished) + 8 * kv_head) == 0:
+        first, parts = kv_head * most, (stop[b] + tokens - 1) // tokens
+        _normalise(largest[first : first + parts], total[first : first + parts])
+        of = (own, logits.strides[1], tokens, largest[first : first + parts])
+        _choose_rows(np.int64(stop[b]), *of, to, mode, local, rows[b, h], weights[b, h * group : (h + 1) * group])
 
 
 @kernel
-def _choose(q, r, run_bytes, offsets, weights, task):  # type: ignore[no-untyped-def]
+def _normalise(largest, total):  # type: ignore[no-untyped-def]
+    """largest [parts, group] become what exponentials must be multiplied by: 0 if one of the sums is NaN."""
+    for g in range(largest.shape[1]):
+        high, mass = np.float32(-np.inf), np.float32(0.0)
+        for part in range(len(largest)):
+            high = max(high, largest[part, g])
+        for part in range(len(largest)):
+            largest[part, g] = exp(largest[part, g] - high) if total[part, g] != 0 else np.float32(0.0)
+            mass += largest[part, g] * total[part, g]
+        for part in range(len(largest)):
+            largest[part, g] = largest[part, g] / mass if mass > 0 else np.float32(0.0)
+
+
+@kernel
+def _choose_rows(n, own, own_bytes, tokens, factors, ranks, mode, local, rows, weights):  # type: ignore[no-untyped-def]
+    """rows [k]: the largest of n ranks, and their probabilities, weights [group, k].
+
+    own: address of exponentials [group, n], to be multiplied by factors [n / tokens, group]. ranks: that of n float32.
+    """
+    group, k = weights.shape
+    if mode == OF_PROBABILITIES:
+        for part in range(len(factors)):
+            begin = part * tokens
+            for g in range(group):
+                here = own + g * own_bytes + 4 * begin
+                add_scaled(ranks + 4 * begin, here, min(tokens, n - begin), factors[part, g], g > 0)
+    choose_largest(ranks, n, k, 0, local, rows)
+    for g in range(group):
+        for i in range(min(n, k)):
+            p = float_at(own + g * own_bytes, rows[i]) * factors[rows[i] // tokens, g]
+            weights[g, i] = p if p > 0 else np.float32(0.0)
+
+
+# -- by a few components -----------------------------------------------------------------------------------------------
+
+
+@kernel
+def _choose_components(q, r, run_bytes, offsets, factors, task):  # type: ignore[no-untyped-def]
     """For a KV head: the r components of largest sum |q|, and the queries' there, divided by tau."""
-    heads, (_, d, group) = len(weights) // len(q), weights.shape
+    heads, (_, d, group) = len(factors) // len(q), factors.shape
     b, first = task // heads, task % heads * group
     sums, keys, chosen = np.zeros(d, np.float32), np.empty(d + 16, np.int32), np.empty(d, np.int32)
     for j in range(d):
@@ -225,93 +225,80 @@ def _choose(q, r, run_bytes, offsets, weights, task):  # type: ignore[no-untyped
             few += abs(q[b, first + g, chosen[i]])
         tau = np.sqrt(np.float32(d) * (few / max(every, np.float32(1e-30))))
         for i in range(r):
-            weights[task, i, g] = q[b, first + g, chosen[i]] / tau if tau > 0 else np.float32(0.0)
+            factors[task, i, g] = q[b, first + g, chosen[i]] / tau if tau > 0 else np.float32(0.0)
 
 
 @kernel
-def _score_few(  # type: ignore[no-untyped-def]
-    index, stop, tokens, most, r, offsets, weights, heads, scores, largest, total, unfinished, ranks, mode, task
-):
-    group, n_head_kv, block = weights.shape[2], index.shape[1], index.shape[4]
+def _score_few(index, stop, tokens, most, r, offsets, factors, heads, logits, of, task):  # type: ignore[no-untyped-def]
+    group, n_head_kv, block = factors.shape[2], index.shape[1], index.shape[4]
     b, h, begin, end = _part(task, tokens, most, n_head_kv, stop)
     if begin >= end:
         return
-    head = address(index) + b * index.strides[0] + h * index.strides[1]
-    rows = address(scores) + b * scores.strides[0] + h * group * scores.strides[1]
     kv_head = b * n_head_kv + h
-    chosen, factors = address(offsets) + kv_head * offsets.strides[0], address(weights) + kv_head * weights.strides[0]
+    chosen, by = address(offsets) + kv_head * offsets.strides[0], address(factors) + kv_head * factors.strides[0]
+    head = address(index) + b * index.strides[0] + h * index.strides[1]
+    own = address(logits) + b * logits.strides[0] + h * group * logits.strides[1]
     for tile in range(begin, end, TILE):
         where = head + tile // block * index.strides[2] + tile % block * index.strides[4]
         later = tile + TILE if tile + TILE < end else tile
         ahead = head + later // block * index.strides[2] + later % block * index.strides[4]
         for g in range(0, group, len(heads)):
-            to, n = rows + g * scores.strides[1] + 4 * tile, min(TILE, end - tile)
-            add_runs(index, where, ahead, chosen, factors + 4 * g, group, r, n, to, scores.strides[1], heads)
-    to = address(ranks) + b * ranks.strides[0] + h * ranks.strides[1] + 4 * begin
-    rows += 4 * begin
-    _exponentials(rows, scores.strides[1], group, end - begin, largest[task], total[task], to, mode)
-    if count_down(address(unfinished) + 8 * kv_head) == 0:
-        _finish_head(b, h, stop, tokens, kv_head * most, largest, total, scores, ranks, mode)
+            to, n = own + g * logits.strides[1] + 4 * tile, min(TILE, end - tile)
+            add_runs(index, where, ahead, chosen, by + 4 * g, group, r, n, to, logits.strides[1], heads)
+    _finish_part(b, h, begin, end, stop, tokens, most, task, logits, *of)
 
 
 @kernel
-def approximate_scores(crew, q, index, stop, r, sum_logits, heads, scores, ranks):  # type: ignore[no-untyped-def]
-    """scores [B, H_q, slots], ranks [B, H_kv, slots] of slots 0 ... stop[b] - 1 by r components of q [B, H_q, d].
+def approximate_top_k(crew, q, index, stop, r, local, sum_logits, heads, logits, ranks, rows, weights):  # type: ignore[no-untyped-def]
+    """rows [B, H_kv, k], weights [B, H_q, k]: see Ops; queries q [B, H_q, d]. The last `local` are among them.
 
-    slots are those of the index; what lies behind stop[b] is overwritten. With one query head to a KV head and not
-    sum_logits, ranks are the scores and are not written.
+    logits [B, H_q, slots], ranks [B, H_kv, slots]: scratch, with the slots of the index.
     """
     n_seq, n_head_kv, _, d, _ = index.shape
-    group = q.shape[1] // n_head_kv
-    mode = OF_LOGITS if sum_logits else OF_PROBABILITIES if group > 1 else NO_RANKS
-    r = min(r, d)
-    offsets, weights = np.empty((n_seq * n_head_kv, d), np.int64), np.empty((n_seq * n_head_kv, d, group), np.float32)
-    share(crew, n_seq * n_head_kv, _choose, (unowned(q), r, index.strides[3], unowned(offsets), unowned(weights)))
+    group, r = q.shape[1] // n_head_kv, min(r, d)
+    offsets, factors = np.empty((n_seq * n_head_kv, d), np.int64), np.empty((n_seq * n_head_kv, d, group), np.float32)
+    chosen = (unowned(offsets), unowned(factors))
+    share(crew, n_seq * n_head_kv, _choose_components, (unowned(q), r, index.strides[3], *chosen))
     tokens, most = _part_tokens(stop, n_head_kv)
     tasks = n_seq * n_head_kv * most
     largest, total = np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
-    unfinished = _parts_of_heads(stop, tokens, n_head_kv)
+    unfinished, mode = _parts_of_heads(stop, tokens, n_head_kv), OF_LOGITS if sum_logits else OF_PROBABILITIES
     of = (unowned(largest), unowned(total), unowned(unfinished), unowned(ranks), mode)
-    chosen = (unowned(index), unowned(stop), tokens, most, r, unowned(offsets), unowned(weights), heads)
-    share(crew, tasks, _score_few, (*chosen, unowned(scores), *of))
-    hold((offsets, weights, largest, total, unfinished))
+    of_head = (*of, local, unowned(rows), unowned(weights))
+    args = (unowned(index), unowned(stop), tokens, most, r, *chosen, heads, unowned(logits))
+    share(crew, tasks, _score_few, (*args, of_head))
+    hold((offsets, factors, largest, total, unfinished))
 
 
-# -- scores from whole keys --------------------------------------------------------------------------------------------
+# -- by whole keys -----------------------------------------------------------------------------------------------------
 
 
 @kernel
-def _score_all(  # type: ignore[no-untyped-def]
-    q, k, stop, scale, tokens, most, vectors, heads, scores, largest, total, unfinished, ranks, mode, task
-):
+def _score_all(q, k, stop, scale, tokens, most, vectors, heads, logits, of, task):  # type: ignore[no-untyped-def]
     n_head_kv, group = k.shape[1], q.shape[1] // k.shape[1]
     b, h, begin, end = _part(task, tokens, most, n_head_kv, stop)
     if begin >= end:
         return
-    for tile in range(begin, end, ROWS):
-        to, n = scores[b, :, tile:], min(ROWS, end - tile)
+    for first in range(begin, end, ROWS):
+        to, n = logits[b, :, first:], min(ROWS, end - first)
         for g in range(h * group, (h + 1) * group, len(heads)):
-            score_rows(k, b, h, tile, n, q, g, scale, to, g, vectors, heads)
-    rows = address(scores) + b * scores.strides[0] + h * group * scores.strides[1] + 4 * begin
-    to = address(ranks) + b * ranks.strides[0] + h * ranks.strides[1] + 4 * begin
-    _exponentials(rows, scores.strides[1], group, end - begin, largest[task], total[task], to, mode)
-    if count_down(address(unfinished) + 8 * (b * n_head_kv + h)) == 0:
-        _finish_head(b, h, stop, tokens, (b * n_head_kv + h) * most, largest, total, scores, ranks, mode)
+            score_rows(k, b, h, first, n, q, g, scale, to, g, vectors, heads)
+    _finish_part(b, h, begin, end, stop, tokens, most, task, logits, *of)
 
 
 @kernel
-def exact_scores(crew, q, k, stop, scale, vectors, heads, scores, ranks):  # type: ignore[no-untyped-def]
-    """The same from whole keys k [B, H_kv, slots, blocks]: probabilities, and their sums over the group.
+def exact_top_k(crew, q, k, stop, scale, vectors, heads, logits, ranks, rows, weights):  # type: ignore[no-untyped-def]
+    """The same by whole keys k [B, H_kv, slots, blocks].
 
-    scores and ranks have the slots of k, rounded up to 16; vectors, heads: see tiles.score_rows.
+    logits and ranks have the slots of k, rounded up to 16; vectors, heads: see tiles.score_rows.
     """
     n_seq, n_head_kv, group = k.shape[0], k.shape[1], q.shape[1] // k.shape[1]
-    mode = OF_PROBABILITIES if group > 1 else NO_RANKS
     tokens, most = _part_tokens(stop, n_head_kv)
     tasks = n_seq * n_head_kv * most
     largest, total = np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
     unfinished = _parts_of_heads(stop, tokens, n_head_kv)
-    of = (unowned(largest), unowned(total), unowned(unfinished), unowned(ranks), mode)
-    args = (unowned(q), unowned(k), unowned(stop), scale, tokens, most, vectors, heads)
-    share(crew, tasks, _score_all, (*args, unowned(scores), *of))
+    of = (unowned(largest), unowned(total), unowned(unfinished), unowned(ranks), OF_PROBABILITIES)
+    of_head = (*of, 0, unowned(rows), unowned(weights))
+    args = (unowned(q), unowned(k), unowned(stop), scale, tokens, most, vectors, heads, unowned(logits))
+    share(crew, tasks, _score_all, (*args, of_head))
     hold((largest, total, unfinished))

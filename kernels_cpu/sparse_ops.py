@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minirt.checks import check_index, check_ranges, check_rows
+from minirt.checks import check_choice, check_components, check_index, check_ranges, check_rows
 from minirt.ops import KV
 
 from . import gathered, selection, sparse, token_index
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .crew import Crew
 
 HELD_QUERIES, HELD_SUMS = 32, 16  # vectors of a few heads at hand while rows pass; queries may come from memory
-MOST_TOGETHER = 8  # query heads whose scores a number of the index is added to
+MOST_TOGETHER = 8  # query heads that see a number of the index when it is read
 
 _RECORDS = {np.dtype(np.float32): FORMATS["F32"].dtype, np.dtype(np.float16): FORMATS["F16"].dtype}
 _INT32 = np.dtype(np.int32)
@@ -33,16 +33,19 @@ class SparseOps:
     _crew: Crew
     _buffer: Any
 
-    def append_index(self, index: np.ndarray, seq: np.ndarray, slot: np.ndarray, k: np.ndarray) -> None:
-        check_index(index, seq, slot, k)
-        token_index.append_index(self._crew.call(), _records(index), seq, slot, np.ascontiguousarray(k))
-
-    def update_mean(self, mean: np.ndarray, seq: np.ndarray, count: np.ndarray, v: np.ndarray) -> None:
-        check(v.shape == (len(seq), *mean.shape[1:]) and len(count) == len(seq), "values", v.shape, mean.shape)
-        sequences = seq.tolist()
-        if min(sequences) < 0 or max(sequences) >= len(mean):
-            raise ValueError(f"sequences {seq} have no means {mean.shape}")
-        token_index.update_mean(mean, seq, count, np.ascontiguousarray(v))
+    def append_index(
+        self,
+        index: np.ndarray,
+        mean: np.ndarray | None,
+        seq: np.ndarray,
+        slot: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+    ) -> None:
+        check_index(index, mean, seq, slot, k, v)
+        k, v = np.ascontiguousarray(k), np.ascontiguousarray(v)
+        mean = _NOTHING if mean is None else mean
+        token_index.append_index(self._crew.call(), _records(index), mean, seq, slot, k, v)
 
     def mean_rows(self, v: np.ndarray, seq: int, n: int, mean: np.ndarray) -> None:
         check(v.shape[:2] == mean.shape[:2], "means", mean.shape, v.shape)
@@ -51,40 +54,42 @@ class SparseOps:
             raise ValueError(f"values {v.shape} have no rows 0..{n} of sequence {seq}")
         token_index.mean_rows(self._crew.call(), v[seq], n, mean[seq])
 
-    def approximate_scores(
-        self, q: np.ndarray, index: np.ndarray, stop: np.ndarray, r: int, sum_logits: bool
+    def approximate_top_k(
+        self, q: np.ndarray, index: np.ndarray, stop: np.ndarray, r: int, k: int, local: int, sum_logits: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        n_seq, n_head_kv, blocks, d, tokens = index.shape
-        n_head, slots = q.shape[1], blocks * tokens
-        check(q.shape[::2] == (n_seq, d) and n_head % n_head_kv == 0, "queries", q.shape, index.shape)
-        _check_stop(stop, n_seq, slots)
-        if r < 1 or tokens % sparse.TILE:
-            raise ValueError(f"{r} components of blocks of {tokens} tokens: none, or not whole tiles of {sparse.TILE}")
-        scores = self._buffer("few scores", (n_seq, n_head, slots))
-        alone = n_head == n_head_kv and not sum_logits
-        ranks = scores if alone else self._buffer("few ranks", (n_seq, n_head_kv, slots))
-        heads = _together(n_head // n_head_kv, MOST_TOGETHER)
-        sparse.approximate_scores(
-            self._crew.call(), np.ascontiguousarray(q), _records(index), stop, r, sum_logits, heads, scores, ranks
-        )
-        return scores, ranks
+        check_components(q, index, r)
+        n_seq, n_head_kv, blocks, _, tokens = index.shape
+        check_choice(n_seq, blocks * tokens, stop, k, 0, local)
+        heads = _together(q.shape[1] // n_head_kv, MOST_TOGETHER)
+        out = self._chosen(q.shape[:2], n_head_kv, blocks * tokens, k)
+        q, records = np.ascontiguousarray(q), _records(index)
+        sparse.approximate_top_k(self._crew.call(), q, records, stop, r, local, sum_logits, heads, *out)
+        return out[2], out[3]
 
-    def exact_scores(self, q: np.ndarray, kv: KV, stop: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        d, q = q.shape[2], np.ascontiguousarray(padded(q))
+    def exact_top_k(self, q: np.ndarray, kv: KV, stop: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        scale, q = np.float32(1.0 / math.sqrt(q.shape[2])), np.ascontiguousarray(padded(q))
         check_ranges(q, kv, stop, stop)
         n_seq, n_head_kv, slots, _ = kv.k.shape
-        n_head, slots = q.shape[1], whole_vectors(slots)
-        scores = self._buffer("exact scores", (n_seq, n_head, slots))
-        ranks = scores if n_head == n_head_kv else self._buffer("exact ranks", (n_seq, n_head_kv, slots))
-        vectors, scored, _ = _held(n_head // n_head_kv, q.shape[2] // LANES)
-        scale = np.float32(1.0 / math.sqrt(d))
-        sparse.exact_scores(self._crew.call(), q, kv.k, stop, scale, vectors, scored, scores, ranks)
-        return scores, ranks
+        check_choice(n_seq, slots, stop, k)
+        vectors, scored, _ = _held(q.shape[1] // n_head_kv, q.shape[2] // LANES)
+        out = self._chosen(q.shape[:2], n_head_kv, whole_vectors(slots), k)
+        sparse.exact_top_k(self._crew.call(), q, kv.k, stop, scale, vectors, scored, *out)
+        return out[2], out[3]
+
+    def _chosen(self, queries: tuple[int, ...], n_head_kv: int, slots: int, k: int) -> tuple[np.ndarray, ...]:
+        """Logits and ranks of all slots, and what is chosen by them: rows and weights."""
+        n_seq, n_head = queries
+        return (
+            self._buffer("logits of slots", (n_seq, n_head, slots)),
+            self._buffer("ranks", (n_seq, n_head_kv, slots)),
+            self._buffer("rows", (n_seq, n_head_kv, k), np.int32),
+            self._buffer("weights of rows", (n_seq, n_head, k)),
+        )
 
     def top_k(self, ranks: np.ndarray, stop: np.ndarray, k: int, head: int = 0, tail: int = 0) -> np.ndarray:
         check_rows(ranks, stop, k, head, tail)
         ranks = np.ascontiguousarray(ranks, np.float32)
-        rows = self._buffer("rows", (*ranks.shape[:2], k), np.int32)
+        rows = self._buffer("top k", (*ranks.shape[:2], k), np.int32)
         selection.top_k(self._crew.call(), ranks, stop, k, head, tail, rows)
         return rows
 
@@ -94,38 +99,37 @@ class SparseOps:
         kv: KV,
         rows: np.ndarray,
         stop: np.ndarray,
-        scores: np.ndarray | None,
+        weights: np.ndarray | None,
         mean: np.ndarray | None,
     ) -> np.ndarray:
         d, q = q.shape[2], np.ascontiguousarray(padded(q))
         check_ranges(q, kv, stop, stop)
         check_rows_in_order(rows, _INT32)
         check(rows.shape[:2] == kv.k.shape[:2], "rows", rows.shape, kv.k.shape)
-        if scores is None or mean is None:
-            scores = mean = _NOTHING
+        if weights is None or mean is None:
+            weights = mean = _NOTHING
         else:
-            check(scores.shape[:2] == q.shape[:2], "scores", scores.shape, q.shape)
-            _check_stop(stop, len(q), scores.shape[2])
+            _check_weights(weights, q.shape[:2], rows)
             check(mean.shape == (*kv.v.shape[:2], d), "means", mean.shape, kv.v.shape)
         out = self._buffer("attended rows", q.shape)
         held = _held(q.shape[1] // kv.k.shape[1], q.shape[2] // LANES)
         scale = np.float32(1.0 / math.sqrt(d))
         _check_done(
-            gathered.attend_rows(self._crew.call(), q, kv.k, kv.v, rows, stop, scale, scores, mean, *held, out), kv
+            gathered.attend_rows(self._crew.call(), q, kv.k, kv.v, rows, stop, scale, weights, mean, *held, out), kv
         )
         return without_padding(out, d)
 
-    def add_rows(self, kv: KV, rows: np.ndarray, stop: np.ndarray, scores: np.ndarray, d: int) -> np.ndarray:
-        n_seq, n_head, slots = scores.shape
-        n_head_kv, width = kv.v.shape[1], kv.v.shape[3]
-        check(len(kv.v) == n_seq and n_head % n_head_kv == 0, "scores", scores.shape, kv.v.shape)
+    def add_rows(self, kv: KV, rows: np.ndarray, stop: np.ndarray, weights: np.ndarray, d: int) -> np.ndarray:
+        (n_seq, n_head), (n_head_kv, slots, width) = weights.shape[:2], kv.v.shape[1:]
+        check(len(kv.v) == n_seq and n_head % n_head_kv == 0, "weights", weights.shape, kv.v.shape)
         check(width == whole_vectors(d), "heads", (d,), kv.v.shape)
         check_rows_in_order(rows, _INT32)
         check(rows.shape[:2] == kv.v.shape[:2], "rows", rows.shape, kv.v.shape)
-        _check_stop(stop, n_seq, min(slots, kv.v.shape[2]))
+        _check_weights(weights, (n_seq, n_head), rows)
+        check_choice(n_seq, slots, stop, rows.shape[2])
         out = self._buffer("added rows", (n_seq, n_head, width))
         vectors, _, summed = _held(n_head // n_head_kv, width // LANES)
-        _check_done(gathered.add_rows(self._crew.call(), kv.v, rows, stop, scores, vectors, summed, out), kv)
+        _check_done(gathered.add_rows(self._crew.call(), kv.v, rows, stop, weights, vectors, summed, out), kv)
         return without_padding(out, d)
 
 
@@ -141,10 +145,8 @@ def _records(index: np.ndarray) -> np.ndarray:
     return index.view(_RECORDS[index.dtype])
 
 
-def _check_stop(stop: np.ndarray, n_seq: int, slots: int) -> None:
-    values = stop.tolist()
-    if len(values) != n_seq or min(values) < 0 or max(values) > slots:
-        raise ValueError(f"{n_seq} sequences of {slots} slots have none up to {stop}")
+def _check_weights(weights: np.ndarray, heads: tuple[int, ...], rows: np.ndarray) -> None:
+    check(weights.shape == (*heads, rows.shape[2]), "weights", weights.shape, rows.shape)
 
 
 # How many go together is part of the compiled code: tuples bring their lengths as types.

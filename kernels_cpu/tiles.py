@@ -36,11 +36,12 @@ from .ir_vectors import (
 from .rows import weights_of
 
 
-def _row_bytes(f: Format, n_vectors: int) -> int:
+def cached_bytes(f: Format, n_vectors: int) -> int:
+    """What so many vectors of a row take."""
     return LANES * n_vectors // f.length * f.dtype.itemsize
 
 
-def _vectors(b: ir.IRBuilder, f: Format, row: Value, n: int) -> list[Value]:
+def cached_vectors(b: ir.IRBuilder, f: Format, row: Value, n: int) -> list[Value]:
     """A cached row as n float32 vectors."""
     found: list[Value] = []
     block = 0
@@ -59,7 +60,7 @@ def _dot(b: ir.IRBuilder, x: list[Value], y: list[Value]) -> Value:
     return total
 
 
-class _TransposedSum:
+class TransposedSum:
     """Sums over lanes of 16 vectors, as one vector: neighbours are added in pairs, four times.
 
     A pair is added as soon as both are there, so that few vectors wait in registers.
@@ -110,13 +111,13 @@ def score_rows(
         last = b.sub(n, I64(1))
         with cgutils.for_range(b, b.udiv(b.add(n, I64(LANES - 1)), I64(LANES))) as loop:
             start = b.mul(loop.index, I64(LANES))
-            sums = [_TransposedSum(b) for _ in range(n_heads)]
+            sums = [TransposedSum(b) for _ in range(n_heads)]
             for r in range(LANES):
                 index = b.add(start, I64(r))
                 index = b.select(b.icmp_signed("<", index, last), index, last)
                 row = at(b, base, b.mul(index, row_bytes))
-                prefetch(b, row, _row_bytes(f, n_vectors))
-                key = _vectors(b, f, row, n_vectors)
+                prefetch(b, row, cached_bytes(f, n_vectors))
+                key = cached_vectors(b, f, row, n_vectors)
                 for g in range(n_heads):
                     sums[g].add(_dot(b, key, held[g]))
             for g in range(n_heads):
@@ -147,8 +148,8 @@ def add_rows(
         held = [[cgutils.alloca_once_value(b, load(b, place, vector(F32))) for place in row] for row in places]
         with cgutils.for_range(b, n) as loop:
             row = at(b, base, b.mul(loop.index, row_bytes))
-            prefetch(b, row, _row_bytes(f, n_vectors))
-            value = _vectors(b, f, row, n_vectors)
+            prefetch(b, row, cached_bytes(f, n_vectors))
+            value = cached_vectors(b, f, row, n_vectors)
             for g in range(n_heads):
                 place = at(b, at(b, weights, b.mul(I64(g), p_bytes)), b.mul(loop.index, I64(4)))
                 weight = splat(b, load(b, place, F32))
@@ -182,18 +183,18 @@ def most_similar(
         k, seq, h, first, n, s, best, where, i = args[:9]
         head, _, (_, _, row_bytes, _) = into_array(context, b, signature.args[0], k, seq, h)
         best_at, where_at = (into_array(context, b, signature.args[j], a, i)[0] for j, a in ((6, best), (7, where)))
-        own = _vectors(b, f, at(b, head, b.mul(s, row_bytes)), n_vectors)
+        own = cached_vectors(b, f, at(b, head, b.mul(s, row_bytes)), n_vectors)
         length = splat(b, _sqrt(b, horizontal_sum(b, _dot(b, own, own))))
         end, found = b.add(first, n), Extreme(b, LANES, highest=True)
         last = b.sub(end, I64(1))
         with cgutils.for_range(b, b.udiv(b.add(n, I64(LANES - 1)), I64(LANES))) as loop:
             start = b.add(first, b.mul(loop.index, I64(LANES)))
-            products, squares = _TransposedSum(b), _TransposedSum(b)
+            products, squares = TransposedSum(b), TransposedSum(b)
             for r in range(LANES):
                 index = b.add(start, I64(r))
                 row = at(b, head, b.mul(b.select(b.icmp_signed("<", index, last), index, last), row_bytes))
-                prefetch(b, row, _row_bytes(f, n_vectors))
-                key = _vectors(b, f, row, n_vectors)
+                prefetch(b, row, cached_bytes(f, n_vectors))
+                key = cached_vectors(b, f, row, n_vectors)
                 products.add(_dot(b, key, own))
                 squares.add(_dot(b, key, key))
             lengths = b.fmul(_sqrt(b, squares.result()), length)

@@ -33,7 +33,7 @@ def put_number(typingctx: Any, index: Any, where: Any, x: Any) -> Any:
 
 
 @kernel
-def _append_head(index, seq, slot, k, h):  # type: ignore[no-untyped-def]
+def _append_head(index, mean, seq, slot, k, v, h):  # type: ignore[no-untyped-def]
     tokens, (head_bytes, block_bytes, run_bytes, item_bytes) = index.shape[4], index.strides[1:]
     places = np.empty(8, np.int64)
     for first in range(0, len(seq), len(places)):  # neighbours share lines of memory
@@ -45,22 +45,20 @@ def _append_head(index, seq, slot, k, h):  # type: ignore[no-untyped-def]
         for j in range(k.shape[2]):
             for i in range(n):
                 put_number(index, places[i] + j * run_bytes, k[first + i, h, j])
+    for i in range(len(seq) if len(mean) else 0):
+        b, n = seq[i], np.float32(slot[i] + 1)
+        for j in range(v.shape[2]):
+            mean[b, h, j] += (v[i, h, j] - mean[b, h, j]) / n
 
 
 @kernel
-def append_index(crew, index, seq, slot, k):  # type: ignore[no-untyped-def]
-    """Writes row i of k [N, H_kv, d] to slot[i] of sequence seq[i] of the index."""
-    share(crew, k.shape[1], _append_head, (unowned(index), unowned(seq), unowned(slot), unowned(k)))
+def append_index(crew, index, mean, seq, slot, k, v):  # type: ignore[no-untyped-def]
+    """Writes row i of k [N, H_kv, d] to slot[i] of sequence seq[i] of the index, and row i of v to the means.
 
-
-@kernel
-def update_mean(mean, seq, count, v):  # type: ignore[no-untyped-def]
-    """mean [B, H_kv, d] of sequence seq[i] += (v[i] - mean) / count[i], row after row of v [N, H_kv, d]."""
-    for i in range(len(seq)):
-        b, n = seq[i], np.float32(count[i])
-        for h in range(v.shape[1]):
-            for j in range(v.shape[2]):
-                mean[b, h, j] += (v[i, h, j] - mean[b, h, j]) / n
+    mean [B, H_kv, d] += (v[i] - mean) / (slot[i] + 1), row after row; or empty.
+    """
+    args = (unowned(index), unowned(mean), unowned(seq), unowned(slot), unowned(k), unowned(v))
+    share(crew, k.shape[1], _append_head, args)
 
 
 @kernel

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import ModelConfig
-from .ops import KV, Far
+from .ops import INDEX_UNIT, KV, Far
 from .rope import Angles
 
 if TYPE_CHECKING:
@@ -170,16 +170,30 @@ def check_join(out: np.ndarray, lse: np.ndarray, other: np.ndarray, other_lse: n
 
 
 def check_rows(ranks: np.ndarray, stop: np.ndarray, k: int, head: int, tail: int) -> None:
-    if len(stop) != len(ranks) or _bounds(stop)[0] < 0 or _bounds(stop)[1] > ranks.shape[2]:
-        raise ValueError(f"slots up to {stop} lie outside ranks {ranks.shape}")
+    check_choice(len(ranks), ranks.shape[2], stop, k, head, tail)
+
+
+def check_choice(n_seq: int, slots: int, stop: np.ndarray, k: int, head: int = 0, tail: int = 0) -> None:
+    if len(stop) != n_seq or _bounds(stop)[0] < 0 or _bounds(stop)[1] > slots:
+        raise ValueError(f"{n_seq} sequences of {slots} slots have none up to {stop}")
     if k < 1 or head < 0 or tail < 0 or head + tail > k:
         raise ValueError(f"the first {head} and the last {tail} do not fit into the {k} best")
 
 
-def check_index(index: np.ndarray, seq: np.ndarray, slot: np.ndarray, k: np.ndarray) -> None:
+def check_components(q: np.ndarray, index: np.ndarray, r: int) -> None:
+    n_seq, n_head_kv, _, d, _ = index.shape
+    if len(q) != n_seq or q.shape[2] != d or q.shape[1] % n_head_kv or r < 1 or index.shape[4] % INDEX_UNIT:
+        raise ValueError(f"{r} components of queries {q.shape} do not fit an index {index.shape}")
+
+
+def check_index(
+    index: np.ndarray, mean: np.ndarray | None, seq: np.ndarray, slot: np.ndarray, k: np.ndarray, v: np.ndarray
+) -> None:
     n_seq, n_head_kv, blocks, d, tokens = index.shape
-    if k.shape != (len(seq), n_head_kv, d) or len(slot) != len(seq):
-        raise ValueError(f"keys {k.shape} do not fit an index {index.shape}")
+    if k.shape != (len(seq), n_head_kv, d) or v.shape != k.shape or len(slot) != len(seq):
+        raise ValueError(f"keys {k.shape} and values {v.shape} do not fit an index {index.shape}")
+    if mean is not None and mean.shape != (n_seq, n_head_kv, d):
+        raise ValueError(f"means {mean.shape} do not fit an index {index.shape}")
     (least_seq, most_seq), (least, most) = _bounds(seq), _bounds(slot)
     if least_seq < 0 or most_seq >= n_seq or least < 0 or most >= blocks * tokens:
         raise ValueError(f"index {index.shape} cannot take slots {least}..{most} of sequences {least_seq}..{most_seq}")

@@ -31,7 +31,7 @@ Matrix = Any  # the device's weight [n_out, n_in], in its own layout, with .shap
 IntArray = np.ndarray  # host, int32
 
 NO_POSITION = 2**31 - 1  # of an empty slot: later than any token
-INDEX_BLOCK = 512  # tokens of a component that lie together in SparQ's index
+INDEX_BLOCK, INDEX_UNIT = 2048, 512  # tokens of a component that lie together in SparQ's index: at most, a multiple of
 
 
 class KV(NamedTuple):
@@ -205,35 +205,34 @@ class Ops(Protocol):
         holds. Kept slots below `head` receive nothing."""
 
     # -- reading few of the cached tokens ------------------------------------------------------------------------------
-    # SparQ's copy of the keys has the components apart: index [B, H_kv, blocks, d, INDEX_BLOCK], blocks of tokens.
-    def append_index(self, index: Array, seq: IntArray, slot: IntArray, k: Array) -> None:
-        """Writes row i of k [N, H_kv, d] to the index of sequence seq[i], slot[i]."""
-
-    def update_mean(self, mean: Array, seq: IntArray, count: IntArray, v: Array) -> None:
-        """mean [B, H_kv, d] of sequence seq[i] += (v[i] - mean) / count[i], row after row of v [N, H_kv, d]."""
+    # SparQ's copy of the keys has the components apart: index [B, H_kv, blocks, d, tokens], blocks of tokens.
+    def append_index(self, index: Array, mean: Array | None, seq: IntArray, slot: IntArray, k: Array, v: Array) -> None:
+        """Writes row i of k [N, H_kv, d] to the index of sequence seq[i], slot[i]. A mean [B, H_kv, d] of the values in
+        slots 0 ... slot[i] - 1 takes up row i of v: mean += (v - mean) / (slot[i] + 1)."""
 
     def mean_rows(self, v: Array, seq: int, n: int, mean: Array) -> None:
         """mean [B, H_kv, d] of one sequence becomes that of the first n rows of v [B, H_kv, slots, d]; 0 for n = 0."""
 
-    def approximate_scores(
-        self, q: Array, index: Array, stop: IntArray, r: int, sum_logits: bool
+    def approximate_top_k(
+        self, q: Array, index: Array, stop: IntArray, r: int, k: int, local: int, sum_logits: bool
     ) -> tuple[Array, Array]:
-        """SparQ, step 1: (scores [B, H_q, slots], ranks [B, H_kv, slots]) of slots 0 ... stop[b] - 1.
+        """SparQ, step 1: the k of slots 0 ... stop[b] - 1 that seem to weigh most, and what each seems to weigh.
 
         The r components of largest sum |q| over the query heads of a KV head are read; a head's logits q.k / tau, with
-        tau = sqrt(d |q_r|_1 / |q|_1), become probabilities: scores. ranks sum them over the group, or the logits if
-        sum_logits. NaN counts as -inf.
+        tau = sqrt(d |q_r|_1 / |q|_1), become probabilities. Rows [B, H_kv, k] are as in `top_k`, by the sum of the
+        probabilities over the group, or of the logits if sum_logits, the last `local` always among them; weights
+        [B, H_q, k] are the probabilities there. NaN in logits counts as -inf.
         """
 
-    def exact_scores(self, q: Array, kv: KV, stop: IntArray) -> tuple[Array, Array]:
-        """FlexGen, step 1: the same with all components and sqrt(d): the true probabilities, and their group sums."""
+    def exact_top_k(self, q: Array, kv: KV, stop: IntArray, k: int) -> tuple[Array, Array]:
+        """FlexGen, step 1: the same with all components and sqrt(d): true probabilities. local = 0."""
 
     def attend_rows(
-        self, q: Array, kv: KV, rows: Array, stop: IntArray, scores: Array | None, mean: Array | None
+        self, q: Array, kv: KV, rows: Array, stop: IntArray, weights: Array | None, mean: Array | None
     ) -> Array:
         """SparQ, steps 2 and 3: attention of q [B, H_q, d] to slots rows [B, H_kv, k]: y. If stop[b] < k, the first
         stop[b] of them count. With a mean [B, H_kv, d] of all values: alpha y + (1 - alpha) mean, where alpha is the
-        sum of the rows' scores."""
+        sum of the rows' weights [B, H_q, k]."""
 
-    def add_rows(self, kv: KV, rows: Array, stop: IntArray, scores: Array, d: int) -> Array:
-        """FlexGen, step 2: the values of rows [B, H_kv, k] (as in `attend_rows`) times their scores: [B, H_q, d]."""
+    def add_rows(self, kv: KV, rows: Array, stop: IntArray, weights: Array, d: int) -> Array:
+        """FlexGen, step 2: the values of rows [B, H_kv, k] (as in `attend_rows`) times their weights: [B, H_q, d]."""

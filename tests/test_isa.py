@@ -141,7 +141,26 @@ def check() -> None:
         ]
         for o, truth in zip(*results, strict=True):
             t.assert_close(o, truth)
+    if os.environ["MINIRT_ISA"] in ("portable", "avx2"):  # the others differ in products of integers
+        scores_of_policies(ops)
     judge("\n".join(texts), X86[os.environ["MINIRT_ISA"]])
+
+
+def scores_of_policies(ops: Any) -> None:
+    """What else they need: a case of each test of these ops."""
+    import test_eviction_ops as e
+    import test_sparse_ops as s
+
+    store, shape, rule = "f16", (6, 2, 64), e.RULES[0]
+    s.test_means(ops, store, *shape)
+    s.test_the_best(ops, store, *shape, stop=(1500, 2900, 64), k=130, local=33)
+    s.test_attention_to_rows(ops, store, *shape, k=130)
+    e.test_attend_weights(ops, store, *shape, slots=100)
+    e.test_column_sums(ops, store, *shape, start=5, n=70)
+    e.test_overwrite(ops, store, *shape[1:])
+    e.test_evict(ops, heads=2, n=65)
+    e.test_merge(ops, rule, store, *shape[1:], slots=65)
+    e.test_merge_evicted(ops, rule, store, *shape[1:], n=40, m=5, head=0)
 
 
 def judge(code: str, expected: tuple[list[str], str]) -> None:

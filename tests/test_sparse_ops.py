@@ -10,7 +10,7 @@ import pytest
 from test_ops import TRUTH, assert_close, normal
 
 from kernels_cpu import CpuOps
-from minirt.ops import INDEX_BLOCK, KV
+from minirt.ops import INDEX_BLOCK, INDEX_UNIT, KV
 from minirt.stores import STORES
 
 # store, H_q, H_kv, d
@@ -33,14 +33,23 @@ def int32(*numbers: int) -> np.ndarray:
 def cached(device: Any, store: str, n_seq: int, n_head_kv: int, slots: int, d: int, bad: float = 0.0) -> tuple[KV, Any]:
     """A full cache and its index; slot 7 holds a number that is not finite, if there is to be one."""
     kv = KV(*(device.allocate(STORES[store], (n_seq, n_head_kv, slots, d)) for _ in range(2)))
-    index = device.zeros((n_seq, n_head_kv, -(-slots // INDEX_BLOCK), d, INDEX_BLOCK), STORES[store].dtype)
+    tokens = {"f16": INDEX_BLOCK, "f32": INDEX_UNIT}[store]
+    index = device.zeros((n_seq, n_head_kv, -(-slots // tokens), d, tokens), STORES[store].dtype)
     for seq in range(n_seq):
         k, v = (normal(slots, n_head_kv, d, seed=10 * seq + i) for i in range(2))
         k[7 % slots, 0, d // 2] += bad
         where = np.full(slots, seq, np.int32), np.random.RandomState(seq).permutation(slots).astype(np.int32)
         device.append(kv, *where, k[where[1]], v[where[1]])
-        device.append_index(index, *where, k[where[1]])
+        device.append_index(index, None, *where, k[where[1]], v[where[1]])
     return kv, index
+
+
+def every(device: Any, q: np.ndarray, kv: KV, index: Any, stop: np.ndarray, r: int) -> list[np.ndarray]:
+    """Probabilities of all slots, approximate and exact: [H_q, stop[b]] of each sequence, twice."""
+    k = max(int(stop.max()), 1)
+    few = device.to_host(device.approximate_top_k(q, index, stop, r, k, 0, False)[1]).copy()
+    exact = device.to_host(device.exact_top_k(q, kv, stop, k)[1]).copy()
+    return until(stop, few, exact)
 
 
 def until(stop: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
@@ -48,12 +57,17 @@ def until(stop: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
     return [array[b, :, :n] for array in arrays for b, n in enumerate(stop)]
 
 
-def assert_scores(ours: tuple[Any, Any], truth: tuple[Any, Any], stop: np.ndarray, error: float = 1e-5) -> None:
-    for a, b in zip(until(stop, *ours), until(stop, *truth), strict=True):
-        assert a.shape == b.shape
-        assert np.array_equal(np.isneginf(a), np.isneginf(b))
-        finite = np.isfinite(b)
-        assert np.linalg.norm((a - b)[finite].astype(float)) <= error * np.linalg.norm(b[finite].astype(float))
+def assert_best(rows: np.ndarray, weights: np.ndarray, p: np.ndarray, stop: int, local: int, sum_logits: bool) -> None:
+    """rows [H_kv, k] are the best by probabilities p [H_q, stop], up to rounding; weights [H_q, k] are theirs."""
+    group, (_, k) = len(p) // len(rows), rows.shape
+    assert_close(weights, np.take_along_axis(p, np.repeat(rows, group, axis=0), axis=1), 1e-5)
+    ranks = (np.log(p) if sum_logits else p).reshape(len(rows), group, stop).sum(axis=1)
+    for own, rank in zip(rows, ranks, strict=True):
+        assert (np.diff(own) > 0).all()
+        assert own[k - local :].tolist() == list(range(stop - local, stop))
+        if k > local:
+            least = np.sort(rank[: stop - local])[local - k]
+            assert (rank[own[: k - local]] >= least - 1e-4 * abs(least)).all()
 
 
 # -- the index and the mean --------------------------------------------------------------------------------------------
@@ -69,7 +83,8 @@ def test_the_index_holds_what_the_cache_holds(ops: Any, store: str, n_head: int,
             seq, slot = (np.random.RandomState(n).randint(0, m, n).astype(np.int32) for m in (3, 2 * INDEX_BLOCK))
             distinct = np.unique(seq * 2 * INDEX_BLOCK + slot, return_index=True)[1]
             k = normal(n, n_head_kv, d, seed=n)[distinct] * 10.0 ** np.random.RandomState(n).uniform(-9, 6)
-            device.append_index(index, seq[distinct], slot[distinct], k.astype(np.float32))
+            k = k.astype(np.float32)
+            device.append_index(index, None, seq[distinct], slot[distinct], k, k)
         found.append(device.to_host(index))
     assert np.array_equal(*found)
 
@@ -78,10 +93,10 @@ def test_the_index_holds_what_the_cache_holds(ops: Any, store: str, n_head: int,
 def test_means(ops: Any, store: str, n_head: int, n_head_kv: int, d: int) -> None:
     found = []
     for device in (ops, TRUTH):
-        kv, _ = cached(device, store, 2, n_head_kv, 90, d)
-        mean = device.zeros((2, n_head_kv, d), np.dtype(np.float32))
+        kv, index = cached(device, store, 2, n_head_kv, 90, d)
+        mean, new = device.zeros((2, n_head_kv, d), np.dtype(np.float32)), normal(3, n_head_kv, d, seed=5)
         device.mean_rows(kv.v, 1, 90, mean)
-        device.update_mean(mean, int32(0, 1, 0), int32(1, 91, 2), normal(3, n_head_kv, d, seed=5))
+        device.append_index(index, mean, int32(0, 1, 0), int32(0, 90, 1), new, new)
         found.append(device.to_host(mean).copy())
         device.mean_rows(kv.v, 0, 1, mean)
         device.mean_rows(kv.v, 1, 0, mean)
@@ -91,38 +106,46 @@ def test_means(ops: Any, store: str, n_head: int, n_head_kv: int, d: int) -> Non
     assert not found[1][1].any()
 
 
-# -- scores ------------------------------------------------------------------------------------------------------------
+# -- the best ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("store", "n_head", "n_head_kv", "d"), CASES)
 @pytest.mark.parametrize("stop", LENGTHS)
-@pytest.mark.parametrize("sum_logits", [False, True])
-def test_approximate_scores(
-    ops: Any, store: str, n_head: int, n_head_kv: int, d: int, stop: tuple[int, ...], sum_logits: bool
-) -> None:
-    ours, truth = (cached(device, store, 3, n_head_kv, max(stop), d)[1] for device in (ops, TRUTH))
+def test_probabilities(ops: Any, store: str, n_head: int, n_head_kv: int, d: int, stop: tuple[int, ...]) -> None:
+    caches = [cached(device, store, 3, n_head_kv, max(stop), d) for device in (ops, TRUTH)]
     for r in (1, 5, d // 2, d, d + 1):
         q = normal(3, n_head, d, seed=r) * 3
-        args = int32(*stop), r, sum_logits
-        assert_scores(ops.approximate_scores(q, ours, *args), TRUTH.approximate_scores(q, truth, *args), int32(*stop))
+        ours, truth = (every(on, q, *of, int32(*stop), r) for on, of in zip((ops, TRUTH), caches, strict=True))
+        for a, b in zip(ours, truth, strict=True):
+            assert_close(a, b, 1e-5)
 
 
 @pytest.mark.parametrize(("store", "n_head", "n_head_kv", "d"), CASES)
 @pytest.mark.parametrize("stop", LENGTHS)
-def test_exact_scores(ops: Any, store: str, n_head: int, n_head_kv: int, d: int, stop: tuple[int, ...]) -> None:
-    q = normal(3, n_head, d, seed=9) * 3
-    ours, truth = (
-        device.exact_scores(q, cached(device, store, 3, n_head_kv, max(stop), d)[0], int32(*stop))
-        for device in (ops, TRUTH)
-    )
-    assert_scores(ours, truth, int32(*stop))
+@pytest.mark.parametrize(("k", "local"), [(1, 0), (16, 0), (16, 16), (130, 33)])
+def test_the_best(
+    ops: Any, store: str, n_head: int, n_head_kv: int, d: int, stop: tuple[int, ...], k: int, local: int
+) -> None:
+    kv, index = cached(ops, store, 3, n_head_kv, max(stop), d)
+    q, r = normal(3, n_head, d, seed=k), max(1, d // 4)
+    p = every(TRUTH, q, *cached(TRUTH, store, 3, n_head_kv, max(stop), d), int32(*stop), r)
+    for sum_logits in (False, True):
+        rows, weights = ops.approximate_top_k(q, index, int32(*stop), r, k, local, sum_logits)
+        assert rows.dtype == np.int32
+        for b, n in enumerate(stop):
+            m = min(k, n)
+            assert_best(rows[b, :, :m], weights[b, :, :m], p[b], n, min(local, m), sum_logits)
+    rows, weights = ops.exact_top_k(q, kv, int32(*stop), k)
+    for b, n in enumerate(stop):
+        m = min(k, n)
+        assert_best(rows[b, :, :m], weights[b, :, :m], p[3 + b], n, 0, False)
 
 
-def test_all_components_give_exact_scores(ops: Any) -> None:
+def test_all_components_give_exact_probabilities(ops: Any) -> None:
     kv, index = cached(ops, "f16", 2, 2, 700, 64)
-    q, stop = normal(2, 6, 64), int32(700, 30)
-    exact = [a.copy() for a in ops.exact_scores(q, kv, stop)]
-    assert_scores(ops.approximate_scores(q, index, stop, 64, False), tuple(exact), stop)
+    found = every(ops, normal(2, 6, 64), kv, index, int32(700, 30), 64)
+    for few, exact in zip(found[:2], found[2:], strict=True):
+        assert_close(few, exact, 1e-5)
 
 
 def test_chosen_components(ops: Any) -> None:
@@ -130,13 +153,12 @@ def test_chosen_components(ops: Any) -> None:
     d = 16
     index = ops.zeros((1, 1, 1, d, INDEX_BLOCK), np.dtype(np.float32))
     k = np.eye(d, dtype=np.float32)[:, None]  # token i is component i
-    ops.append_index(index, np.zeros(d, np.int32), np.arange(d, dtype=np.int32), k)
+    ops.append_index(index, None, np.zeros(d, np.int32), np.arange(d, dtype=np.int32), k, k)
     q = np.zeros((1, 2, d), np.float32)
     q[0, 0, [3, 5, 12]], q[0, 1, [5, 9, 12, 14]] = [-1.5, 1, 1], [1, -2, 1, 1.5]
-    ranks = ops.approximate_scores(q, index, int32(d), 3, True)[1][0, 0, :d]
-    assert np.flatnonzero(ranks).tolist() == [5, 9, 12]
-    ranks = ops.approximate_scores(q, index, int32(d), 4, True)[1][0, 0, :d]
-    assert np.flatnonzero(ranks).tolist() == [3, 5, 9, 12]  # not 14, whose sum is that of 3
+    for r, chosen in ((3, [5, 9, 12]), (4, [3, 5, 9, 12])):  # not 14, whose sum is that of 3
+        p = ops.approximate_top_k(q, index, int32(d), r, d, 0, False)[1][0]
+        assert np.flatnonzero((p != p[:, :1]).any(axis=0)).tolist() == chosen  # 0 was not
 
 
 @pytest.mark.parametrize("store", STORES)
@@ -151,34 +173,36 @@ def test_what_is_not_finite(ops: Any, store: str, bad: float, sum_logits: bool) 
         for broken in (False, True):
             q = normal(2, 4, 64)
             q[0, 1, 3] = bad if broken else q[0, 1, 3]
-            few = device.approximate_scores(q, index, stop, 64, sum_logits)
-            found.append([device.to_host(a).copy() for a in until(stop, *few)])
-            rows = device.to_host(device.top_k(few[1], stop, 16)).copy()
-            found[-1] += [device.to_host(a).copy() for a in until(stop, *device.exact_scores(q, kv, stop))]
-            assert np.array_equal(rows[0], TRUTH.top_k(device.to_host(few[1])[:1], stop[:1], 16)[0])
+            few = device.approximate_top_k(q, index, stop, 64, 16, 0, sum_logits)
+            rows, weights = (device.to_host(a).copy() for a in few)
+            found.append([rows, *until(int32(16, 8), weights)])
+            found[-1] += every(device, q, kv, index, stop, 64)
             assert rows[1, :, :8].tolist() == [list(range(8))] * 2
             device.attend_rows(q, kv, rows, stop, None, None)
     for ours, truth in zip(found[:2], found[2:], strict=True):
-        for a, b in zip(ours, truth, strict=True):
+        assert 0 <= ours[0].min() <= ours[0].max() < 600
+        assert np.array_equal(ours[0][0], truth[0][0])
+        for a, b in zip(ours[1:], truth[1:], strict=True):
             assert np.allclose(a, b, rtol=1e-4, atol=1e-6, equal_nan=True)
 
 
 def test_zero_queries(ops: Any) -> None:
     """Every token is as good as any other."""
     _, index = cached(ops, "f16", 1, 1, 600, 64)
-    scores, ranks = ops.approximate_scores(np.zeros((1, 2, 64), np.float32), index, int32(600), 8, False)
-    assert np.allclose(scores[0, :, :600], 1 / 600)
-    assert ops.top_k(ranks, int32(600), 5)[0, 0].tolist() == [0, 1, 2, 3, 4]
+    rows, weights = ops.approximate_top_k(np.zeros((1, 2, 64), np.float32), index, int32(600), 8, 5, 0, False)
+    assert np.allclose(weights, 1 / 600)
+    assert rows[0, 0].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_logits_far_apart(ops: Any) -> None:
     """The largest in another part than most, so far away that theirs become nothing."""
-    index = ops.zeros((1, 1, 6, 16, INDEX_BLOCK), np.dtype(np.float32))
+    index = ops.zeros((1, 1, -(-3000 // INDEX_BLOCK), 16, INDEX_BLOCK), np.dtype(np.float32))
     for size, slot in ((1e4, 2900), (-1e4, 5)):
-        ops.append_index(index, int32(0), int32(slot), np.full((1, 1, 16), size, np.float32))
-    scores, ranks = ops.approximate_scores(np.ones((1, 1, 16), np.float32), index, int32(3000), 4, False)
-    assert np.flatnonzero(scores[0, 0, :3000]).tolist() == [2900]
-    assert scores[0, 0, 2900] == ranks[0, 0, 2900] == 1
+        key = np.full((1, 1, 16), size, np.float32)
+        ops.append_index(index, None, int32(0), int32(slot), key, key)
+    rows, weights = ops.approximate_top_k(np.ones((1, 1, 16), np.float32), index, int32(3000), 4, 3, 0, False)
+    assert rows[0, 0].tolist() == [0, 1, 2900]
+    assert weights[0, 0].tolist() == [0, 0, 1]
 
 
 # -- selection ---------------------------------------------------------------------------------------------------------
@@ -235,7 +259,7 @@ def test_top_k_of_a_part_of_an_array(ops: Any) -> None:
 def test_attention_to_rows(ops: Any, store: str, n_head: int, n_head_kv: int, d: int, k: int) -> None:
     """With and without the mean; a sequence with fewer rows than k, and one with none."""
     stop, q, mean = int32(600, 40, 0), normal(3, n_head, d, seed=3) * 3, normal(3, n_head_kv, d, seed=4)
-    scores = np.random.RandomState(1).random_sample((3, n_head, 600)).astype(np.float32) / 600
+    weights = np.random.RandomState(1).random_sample((3, n_head, k)).astype(np.float32) / k
     rows = np.full((3, n_head_kv, k), 10**6, np.int32)
     for b, n in enumerate(stop):
         for h in range(n_head_kv):
@@ -244,9 +268,9 @@ def test_attention_to_rows(ops: Any, store: str, n_head: int, n_head_kv: int, d:
     found = []
     for device in (ops, TRUTH):
         kv, _ = cached(device, store, 3, n_head_kv, 600, d)
-        for blend in ((scores, mean), (None, None)):
+        for blend in ((weights, mean), (None, None)):
             found.append(device.to_host(device.attend_rows(q, kv, rows, stop, *blend)).copy())
-        found.append(device.to_host(device.add_rows(kv, rows, stop, scores, d)).copy())
+        found.append(device.to_host(device.add_rows(kv, rows, stop, weights, d)).copy())
     for ours, truth in zip(found[:3], found[3:], strict=True):
         assert_close(ours, truth, 2e-6)
         assert not ours[2].any()
@@ -258,7 +282,8 @@ def test_all_rows_are_dense_attention(ops: Any) -> None:
     rows = np.tile(np.arange(200, dtype=np.int32), (1, 2, 1))
     dense = ops.attend(q, kv, 0 * stop, stop).copy()
     assert_close(ops.attend_rows(q, kv, rows, stop, None, None), dense)
-    assert_close(ops.add_rows(kv, rows, stop, ops.exact_scores(q, kv, stop)[0], 64), dense)
+    every_row, weights = ops.exact_top_k(q, kv, stop, 200)
+    assert_close(ops.add_rows(kv, every_row, stop, weights, 64), dense)
 
 
 def test_nan_shows(ops: Any) -> None:
@@ -275,40 +300,46 @@ def test_what_does_not_fit_is_refused() -> None:
     ops = CpuOps(threads=1)
     kv, index = cached(ops, "f16", 2, 2, 600, 64)
     mean, q, k, stop = np.zeros((2, 2, 64), np.float32), normal(2, 4, 64), normal(1, 2, 64), int32(600, 30)
-    one, rows, scores = int32(1), np.zeros((2, 2, 8), np.int32), np.zeros((2, 4, 600), np.float32)
+    one, rows, weights = int32(1), np.zeros((2, 2, 8), np.int32), np.zeros((2, 4, 8), np.float32)
+    ranks = np.zeros((2, 4, 600), np.float32)
     bad_row, low_row = rows.copy(), rows.copy()
     bad_row[0, 1, 7], low_row[1, 1, 0] = 600, -1
     bad: list[Callable[[], Any]] = [
-        lambda: ops.append_index(index, one, int32(2 * INDEX_BLOCK), k),
-        lambda: ops.append_index(index, one, int32(-1), k),
-        lambda: ops.append_index(index, int32(2), one, k),
-        lambda: ops.append_index(index, one, one, normal(1, 2, 63)),
-        lambda: ops.append_index(index[:, :, :, ::2], one, one, normal(1, 2, 32)),
-        lambda: ops.append_index(index.astype(np.float64), one, one, k),
-        lambda: ops.update_mean(mean, int32(2), one, k),
-        lambda: ops.update_mean(mean, int32(-1), one, k),
-        lambda: ops.update_mean(mean, one, one, normal(2, 2, 64)),
-        lambda: ops.update_mean(mean, one, one, normal(1, 2, 32)),
+        lambda: ops.append_index(index, mean, one, int32(INDEX_BLOCK), k, k),
+        lambda: ops.append_index(index, mean, one, int32(-1), k, k),
+        lambda: ops.append_index(index, mean, int32(2), one, k, k),
+        lambda: ops.append_index(index, mean, int32(-1), one, k, k),
+        lambda: ops.append_index(index, None, one, one, normal(1, 2, 63), normal(1, 2, 63)),
+        lambda: ops.append_index(index, mean, one, one, k, normal(2, 2, 64)),
+        lambda: ops.append_index(index, mean, one, one, k, normal(1, 2, 32)),
+        lambda: ops.append_index(index, mean[:1], one, one, k, k),
+        lambda: ops.append_index(index[:, :, :, ::2], None, one, one, normal(1, 2, 32), normal(1, 2, 32)),
+        lambda: ops.append_index(index.astype(np.float64), None, one, one, k, k),
         lambda: ops.mean_rows(kv.v, 2, 5, mean),
         lambda: ops.mean_rows(kv.v, 0, 601, mean),
         lambda: ops.mean_rows(kv.v, 0, -1, mean),
         lambda: ops.mean_rows(kv.v, 0, 5, mean[:1]),
         lambda: ops.mean_rows(kv.v, 0, 5, mean[..., :32]),
-        lambda: ops.approximate_scores(q, index, int32(2 * INDEX_BLOCK + 1, 1), 8, False),
-        lambda: ops.approximate_scores(q, index, int32(-1, 1), 8, False),
-        lambda: ops.approximate_scores(q, index, int32(5), 8, False),
-        lambda: ops.approximate_scores(normal(2, 3, 64), index, stop, 8, False),
-        lambda: ops.approximate_scores(normal(2, 4, 32), index, stop, 8, False),
-        lambda: ops.approximate_scores(normal(1, 4, 64), index, stop, 8, False),
-        lambda: ops.approximate_scores(q, index, stop, 0, False),
-        lambda: ops.exact_scores(q, kv, int32(601, 1)),
-        lambda: ops.exact_scores(q, kv, int32(-1, 1)),
-        lambda: ops.exact_scores(normal(2, 3, 64), kv, stop),
-        lambda: ops.top_k(scores, int32(601, 1), 8),
-        lambda: ops.top_k(scores, int32(-1, 1), 8),
-        lambda: ops.top_k(scores, stop, 0),
-        lambda: ops.top_k(scores, stop, 8, 5, 4),
-        lambda: ops.top_k(scores, stop, 8, -1, 4),
+        lambda: ops.approximate_top_k(q, index, int32(INDEX_BLOCK + 1, 1), 8, 8, 0, False),
+        lambda: ops.approximate_top_k(q, index, int32(-1, 1), 8, 8, 0, False),
+        lambda: ops.approximate_top_k(q, index, int32(5), 8, 8, 0, False),
+        lambda: ops.approximate_top_k(q, index[..., :500], int32(5, 5), 8, 8, 0, False),
+        lambda: ops.approximate_top_k(normal(2, 3, 64), index, stop, 8, 8, 0, False),
+        lambda: ops.approximate_top_k(normal(2, 4, 32), index, stop, 8, 8, 0, False),
+        lambda: ops.approximate_top_k(normal(1, 4, 64), index, stop, 8, 8, 0, False),
+        lambda: ops.approximate_top_k(q, index, stop, 0, 8, 0, False),
+        lambda: ops.approximate_top_k(q, index, stop, 8, 0, 0, False),
+        lambda: ops.approximate_top_k(q, index, stop, 8, 8, 9, False),
+        lambda: ops.approximate_top_k(q, index, stop, 8, 8, -1, False),
+        lambda: ops.exact_top_k(q, kv, int32(601, 1), 8),
+        lambda: ops.exact_top_k(q, kv, int32(-1, 1), 8),
+        lambda: ops.exact_top_k(q, kv, stop, 0),
+        lambda: ops.exact_top_k(normal(2, 3, 64), kv, stop, 8),
+        lambda: ops.top_k(ranks, int32(601, 1), 8),
+        lambda: ops.top_k(ranks, int32(-1, 1), 8),
+        lambda: ops.top_k(ranks, stop, 0),
+        lambda: ops.top_k(ranks, stop, 8, 5, 4),
+        lambda: ops.top_k(ranks, stop, 8, -1, 4),
         lambda: ops.attend_rows(q, kv, bad_row, stop, None, None),
         lambda: ops.attend_rows(q, kv, low_row, stop, None, None),
         lambda: ops.attend_rows(q, kv, rows[:1], stop, None, None),
@@ -317,14 +348,15 @@ def test_what_does_not_fit_is_refused() -> None:
         lambda: ops.attend_rows(q, kv, rows, int32(601, 1), None, None),
         lambda: ops.attend_rows(normal(2, 3, 64), kv, rows, stop, None, None),
         lambda: ops.attend_rows(normal(2, 4, 32), kv, rows, stop, None, None),
-        lambda: ops.attend_rows(q, kv, rows, stop, scores[:, :, :599], mean),
-        lambda: ops.attend_rows(q, kv, rows, stop, scores[:, :2], mean),
-        lambda: ops.attend_rows(q, kv, rows, stop, scores, mean[:, :1]),
-        lambda: ops.add_rows(kv, bad_row, stop, scores, 64),
-        lambda: ops.add_rows(kv, rows, stop, scores, 48),
-        lambda: ops.add_rows(kv, rows, stop, scores[:, :, :599], 64),
-        lambda: ops.add_rows(kv, rows, stop, scores[:1], 64),
-        lambda: ops.add_rows(kv, rows, stop, scores[:, :3], 64),
+        lambda: ops.attend_rows(q, kv, rows, stop, weights[:, :, :7], mean),
+        lambda: ops.attend_rows(q, kv, rows, stop, weights[:, :2], mean),
+        lambda: ops.attend_rows(q, kv, rows, stop, weights, mean[:, :1]),
+        lambda: ops.add_rows(kv, bad_row, stop, weights, 64),
+        lambda: ops.add_rows(kv, rows, int32(601, 1), weights, 64),
+        lambda: ops.add_rows(kv, rows, stop, weights, 48),
+        lambda: ops.add_rows(kv, rows, stop, weights[:, :, :7], 64),
+        lambda: ops.add_rows(kv, rows, stop, weights[:1], 64),
+        lambda: ops.add_rows(kv, rows, stop, weights[:, :3], 64),
     ]  # fmt: skip
     for call in bad:
         with pytest.raises(ValueError, match=r"."):
@@ -342,11 +374,10 @@ def test_results_do_not_depend_on_threads(n_head: int, n_head_kv: int, d: int) -
         kv, index = cached(ops, "f16", 2, n_head_kv, 5000, d)
         mean = np.zeros((2, n_head_kv, d), np.float32)
         ops.mean_rows(kv.v, 0, 5000, mean)
-        few = [a.copy() for a in ops.approximate_scores(q, index, stop, 16, False)]
-        rows = ops.top_k(few[1], stop, 100, 2, 20).copy()
-        read = ops.attend_rows(q, kv, rows, stop, few[0], mean).copy()
-        every = [a.copy() for a in ops.exact_scores(q, kv, stop)]
-        outs.append([*until(stop, *few, *every), rows, read, ops.add_rows(kv, rows, stop, every[0], d), mean, index])
+        few = [a.copy() for a in ops.approximate_top_k(q, index, stop, 16, 100, 20, False)]
+        read = ops.attend_rows(q, kv, few[0], stop, few[1], mean).copy()
+        best = [a.copy() for a in ops.exact_top_k(q, kv, stop, 100)]
+        outs.append([*few, *best, read, ops.add_rows(kv, best[0], stop, best[1], d), mean, index])
     for other in outs[1:]:
         for a, b in zip(outs[0], other, strict=True):
             assert np.array_equal(a, b)

@@ -29,7 +29,7 @@ import numpy as np
 from ..cache import Cache, CachePlan, SideArray
 from ..config import ModelConfig
 from ..errors import UsageError
-from ..ops import INDEX_BLOCK, Array, Ops
+from ..ops import INDEX_BLOCK, INDEX_UNIT, Array, Ops
 from ..stores import Store
 from .base import BasePolicy, parameter
 
@@ -69,8 +69,8 @@ class SparQ(BasePolicy):
         return dataclasses.replace(self, k=4, local=1)
 
     def plan(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> CachePlan:
-        heads, d, blocks = config.n_head_kv, config.head_dim, -(-n_ctx // INDEX_BLOCK)
-        side = {"index": SideArray((heads, blocks, d, INDEX_BLOCK), k_store.dtype, INDEX_BLOCK)}
+        heads, d, tokens = config.n_head_kv, config.head_dim, min(INDEX_BLOCK, -(-n_ctx // INDEX_UNIT) * INDEX_UNIT)
+        side = {"index": SideArray((heads, -(-n_ctx // tokens), d, tokens), k_store.dtype, tokens)}
         if self.reallocates(config):
             side["mean"] = SideArray((heads, d), _FLOAT32)
         layers = config.n_layer
@@ -89,16 +89,13 @@ class SparQ(BasePolicy):
         self._append(ops, cache, layer, every, cache.n_seen, k, v)
         if max(stop.tolist()) <= self.k:
             return ops.attend(q, kv, first, stop)
-        scores, ranks = ops.approximate_scores(q, cache.side["index"][layer], stop, self.r, self.gqa == "sum-logit")
-        rows = ops.top_k(ranks, stop, self.k, tail=self.newest)
-        return ops.attend_rows(q, kv, rows, stop, scores, _of(cache, "mean", layer))
+        index, sum_logits = cache.side["index"][layer], self.gqa == "sum-logit"
+        rows, weights = ops.approximate_top_k(q, index, stop, self.r, self.k, self.newest, sum_logits)
+        return ops.attend_rows(q, kv, rows, stop, weights, _mean(cache, layer))
 
     def _append(self, ops: Ops, cache: Cache, layer: int, seq: Any, slot: Any, k: Array, v: Array) -> None:
         ops.append(cache.layers[layer], seq, slot, k, v)
-        ops.append_index(cache.side["index"][layer], seq, slot, k)
-        mean = _of(cache, "mean", layer)
-        if mean is not None:
-            ops.update_mean(mean, seq, slot + np.int32(1), v)
+        ops.append_index(cache.side["index"][layer], _mean(cache, layer), seq, slot, k, v)
 
     def rewind(self, ops: Ops, cache: Cache, seq: int, n: int) -> int:
         if (n != cache.n_seen[seq] or cache.torn[seq]) and "mean" in cache.side:
@@ -127,5 +124,5 @@ def every_token(cache: Cache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.arange(len(stop), dtype=np.int32), np.zeros_like(stop), stop
 
 
-def _of(cache: Cache, name: str, layer: int) -> Array | None:
-    return cache.side[name][layer] if name in cache.side else None
+def _mean(cache: Cache, layer: int) -> Array | None:
+    return cache.side["mean"][layer] if "mean" in cache.side else None

@@ -38,8 +38,8 @@ class TopK(Dense):
         ops.append(kv, every, cache.n_seen, k, v)
         if max(stop.tolist()) <= self.k:
             return ops.attend(q, kv, first, stop)
-        scores, ranks = ops.exact_scores(q, kv, stop)
-        return ops.add_rows(kv, ops.top_k(ranks, stop, self.k), stop, scores, cache.plan.head_dim)
+        rows, weights = ops.exact_top_k(q, kv, stop, self.k)
+        return ops.add_rows(kv, rows, stop, weights, cache.plan.head_dim)
 
     def bytes_read(self, config: ModelConfig, plan: CachePlan, n: int) -> int:
         d, heads = config.head_dim, config.n_layer * config.n_head_kv

@@ -82,12 +82,7 @@ class EvictionOps:
         rows = np.zeros((*ranks.shape[:2], k), np.int32)
         for b, n in enumerate(stop):
             for h in range(ranks.shape[1]):
-                if n <= k:
-                    rows[b, h, :n] = np.arange(n)
-                    continue
-                values = np.nan_to_num(ranks[b, h, :n], nan=-np.inf, posinf=np.inf, neginf=-np.inf)
-                middle = head + np.argsort(-values[head : n - tail], kind="stable")[: k - head - tail]
-                rows[b, h] = np.concatenate([np.arange(head), np.sort(middle), np.arange(n - tail, n)])
+                rows[b, h] = largest(ranks[b, h, :n], k, head, tail)
         return rows
 
     def argsort(self, values: np.ndarray) -> np.ndarray:
@@ -167,3 +162,16 @@ def merge_rows(kv: KV, b: int, h: int, c: int, evicted: np.ndarray, u: np.ndarra
         rows[c] = store.encode(
             ((own * store.decode(rows[c]) + weights @ store.decode(rows[evicted])) / total).astype(np.float32)
         )
+
+
+def largest(values: np.ndarray, k: int, head: int = 0, tail: int = 0) -> np.ndarray:
+    """Where the k largest of values [n] stand, the first `head` and the last `tail` among them; ascending: int32 [k].
+
+    NaN comes last, of equal ones the first; if n < k, zeros follow.
+    """
+    n = len(values)
+    if n <= k:
+        return np.pad(np.arange(n, dtype=np.int32), (0, k - n))
+    values = np.nan_to_num(values, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+    middle = head + np.argsort(-values[head : n - tail], kind="stable")[: k - head - tail]
+    return np.concatenate([np.arange(head), np.sort(middle), np.arange(n - tail, n)]).astype(np.int32)
