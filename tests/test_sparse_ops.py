@@ -233,7 +233,7 @@ def orders(n: int) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("order", orders(1))
-@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 700, 5000])
+@pytest.mark.parametrize("n", [1, 2, 63, 64, 65, 700, 5000, 40000])
 def test_top_k(ops: Any, order: str, n: int) -> None:
     ranks = np.stack([orders(n)[order], orders(n)[order][::-1] * np.float32(0.5)])
     stop = int32(n, n - n // 4)
