@@ -309,4 +309,10 @@ def _iq4_xs(b: ir.IRBuilder, r: Any) -> Iterator[Group]:
             yield Group(32 * i + 16 * half, r.look_up(IQ4_LEVELS, r.bits(qs, 4 * half, 4)), scale, bias=128)
 
 
+# Blocks of a cache whose rows are not rotated: the type of its items tells (minirt.stores).
+for _name in ("Q8_0", "Q4_0"):
+    _same = FORMATS[_name]
+    _type = np.dtype([(f"{_name.lower()}_plain", "u1", _same.dtype.itemsize)])
+    FORMATS[f"{_name}_PLAIN"] = _same._replace(dtype=_type)
+
 BY_RECORD = {from_dtype(f.dtype): f for f in FORMATS.values()}  # Numba's type of a row's items -> format

@@ -173,8 +173,8 @@ def _decode_direction(cache, s, rows, r):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _most_similar_to_block(k, between, kept, head, evicted, scratch, best, where, task, thread):  # type: ignore[no-untyped-def]
-    d, h, first = k.shape[1], task % len(kept), task // len(kept) * COLUMNS
+def _most_similar_to_block(k, between, d, kept, head, evicted, scratch, best, where, task, thread):  # type: ignore[no-untyped-def]
+    h, first = task % len(kept), task // len(kept) * COLUMNS
     width = min(COLUMNS, evicted.shape[1] - first)
     columns, tile, rows = _divided(scratch[thread], d)
     for i in range(0, (width + WIDTH - 1) // WIDTH * WIDTH, LANES):
@@ -198,12 +198,13 @@ def _most_similar_to_block(k, between, kept, head, evicted, scratch, best, where
 
 
 @kernel
-def most_similar_rows(crew, k, between, kept, head, evicted, scratch, best, where):  # type: ignore[no-untyped-def]
-    """For each evicted slot [H_kv, n] of the keys, the one of kept [H_kv, m] most like it; keys as in add_column_sums.
+def most_similar_rows(crew, k, between, d, kept, head, evicted, scratch, best, where):  # type: ignore[no-untyped-def]
+    """For each evicted slot [H_kv, n] of the keys, the one of kept [H_kv, m] most like it.
 
-    best [H_kv, n] its cosine, where [H_kv, n] its index among the kept, which are ascending: those before `head`
-    do not count, but the last of them is not before it. scratch: scratch_size(d) numbers for each thread.
+    Keys are as in add_column_sums, of d numbers. best [H_kv, n]: its cosine; where [H_kv, n]: its index among the kept,
+    which are ascending: those before `head` do not count, but the last of them is not before it. scratch:
+    scratch_size(d) numbers for each thread.
     """
     blocks = (evicted.shape[1] + COLUMNS - 1) // COLUMNS
-    of = (k, between, kept, head, evicted, scratch, best, where)
+    of = (k, between, d, kept, head, evicted, scratch, best, where)
     share_long(crew, blocks * len(kept), _most_similar_to_block, of)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,13 +22,14 @@ from minirt.checks import (
 )
 from minirt.ops import KV, MergeRule
 from minirt.rope import Angles
+from minirt.stores import row_numbers
 
 from . import eviction, kernels, memory, merging
 from .column_products import add_column_sums, most_similar_rows, scratch_size
 from .crew import Crew
 from .ir_vectors import LANES
 from .probabilities import spread_weights
-from .shapes import check, check_float_rows, check_rows_in_order, padded, rows_of, whole_vectors
+from .shapes import check_float_rows, check_rows_in_order, padded, rows_of
 
 _NO_BIAS = np.empty(0, np.float32)
 _F32, _I32 = np.dtype(np.float32), np.dtype(np.int32)
@@ -38,6 +40,8 @@ class EvictionOps:
 
     threads: int
     _crew: Crew
+    _rows: Any
+    _like: Any
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return memory.zeros(shape, dtype)
@@ -78,6 +82,7 @@ class EvictionOps:
         d, q = q.shape[2], np.ascontiguousarray(padded(q), np.float32)
         check_columns(q, kv, seq, start, lse, sums)
         check_float_rows(lse)
+        q = self._like("queries", kv.k, q)
         scratch = self._buffer("column products", (self.threads, scratch_size(q.shape[2])))
         keys, _, between = rows_of(kv, seq)
         add_column_sums(self._crew.call(), q, keys, between, start, lse, 1.0 / math.sqrt(d), scratch, sums)
@@ -86,9 +91,7 @@ class EvictionOps:
         self, kv: KV, slot: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, pos: np.ndarray
     ) -> None:
         check_overwrite(kv, slot, k, v, positions, pos)
-        check(kv.k.shape[3] == whole_vectors(k.shape[2]), "keys and values", k.shape, kv.k.shape)
-        k, v = np.ascontiguousarray(k, np.float32), np.ascontiguousarray(v, np.float32)
-        if not eviction.overwrite(kv.k, kv.v, slot, k, v, positions, pos):
+        if not eviction.overwrite(kv.k, kv.v, slot, *self._rows(kv, k, v), positions, pos):
             raise ValueError(f"slots {slot} lie outside a cache {kv.k.shape}")
 
     def evict(
@@ -133,7 +136,7 @@ class EvictionOps:
         rule: MergeRule,
     ) -> None:
         check_merge(kv, slot, stop, head, active, threshold)
-        vectors = (0,) * (kv.k.shape[3] // LANES)
+        vectors = (0,) * (row_numbers(kv.k) // LANES)
         how = np.float32(rule.beta), np.float32(rule.e), rule.normalised, rule.shared
         if not merging.merge(self._crew.call(), *kv, slot, stop, head, active, threshold, *how, vectors):
             raise ValueError(f"slots {slot} or {head}..{stop} lie outside a cache {kv.k.shape}")
@@ -147,11 +150,13 @@ class EvictionOps:
         if not evicted.size:
             return
         u, where = np.empty(evicted.shape, np.float32), np.empty(evicted.shape, np.int32)
-        scratch = self._buffer("column products", (self.threads, scratch_size(kv.k.shape[3])))
+        scratch = self._buffer("column products", (self.threads, scratch_size(row_numbers(kv.k))))
         crew, (keys, _, between) = self._crew.call(), rows_of(kv, 0)
-        most_similar_rows(crew, keys, between, kept, head, evicted, scratch, u, where)
+        d = row_numbers(kv.k)
+        most_similar_rows(crew, keys, between, d, kept, head, evicted, scratch, u, where)
         decisive = np.broadcast_to(u.mean(axis=0), u.shape) if rule.shared else u
         threshold[:] = decisive.mean(axis=1)
         merged = decisive >= threshold[:, None]
         weights, own = (np.exp(u), rule.e) if rule.normalised else (u, 1.0)
-        merging.merge_rows(crew, *kv, kept, evicted, weights, where, merged, np.float32(own), rule.normalised)
+        how = np.float32(own), rule.normalised
+        merging.merge_rows(crew, *kv, d, kept, evicted, weights, where, merged, *how)

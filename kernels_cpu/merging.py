@@ -58,7 +58,7 @@ def merge(crew, k, v, slot, stop, head, active, threshold, beta, e, normalised, 
     vectors: a tuple with as many items as a head has vectors. False, and nothing changed, if an index lies outside the
     caches.
     """
-    n_seq, n_head_kv, n_slot, d = k.shape
+    (n_seq, n_head_kv, n_slot, _), d = k.shape, 16 * len(vectors)
     for b in range(n_seq):
         if head[b] < 0 or stop[b] > n_slot:
             return False
@@ -97,8 +97,8 @@ def merge(crew, k, v, slot, stop, head, active, threshold, beta, e, normalised, 
 
 
 @kernel
-def _merge_head(k, v, kept, evicted, weights, where, merged, own, normalised, h, thread):  # type: ignore[no-untyped-def]
-    d, b = k.shape[3], np.int64(0)
+def _merge_head(k, v, d, kept, evicted, weights, where, merged, own, normalised, h, thread):  # type: ignore[no-untyped-def]
+    b = np.int64(0)
     # The evicted of each kept row as a list, in the order of slots.
     first, following = np.full(kept.shape[1], -1, np.int32), np.empty(evicted.shape[1], np.int32)
     for i in range(evicted.shape[1] - 1, -1, -1):
@@ -118,10 +118,10 @@ def _merge_head(k, v, kept, evicted, weights, where, merged, own, normalised, h,
 
 
 @kernel
-def merge_rows(crew, k, v, kept, evicted, weights, where, merged, own, normalised):  # type: ignore[no-untyped-def]
+def merge_rows(crew, k, v, d, kept, evicted, weights, where, merged, own, normalised):  # type: ignore[no-untyped-def]
     """Merges the evicted rows [H_kv, n] of k, v [1, H_kv, slots, blocks] for which merged [H_kv, n] is true.
 
-    Each goes to the kept one [H_kv, m] whose index is where [H_kv, n], with its weight [H_kv, n]; own: that of the
-    kept one itself.
+    d: numbers in a row. Each goes to the kept one [H_kv, m] whose index is where [H_kv, n], with its weight [H_kv, n];
+    own: that of the kept one itself.
     """
-    share_long(crew, len(kept), _merge_head, (k, v, kept, evicted, weights, where, merged, own, normalised))
+    share_long(crew, len(kept), _merge_head, (k, v, d, kept, evicted, weights, where, merged, own, normalised))

@@ -24,7 +24,7 @@ from minirt.config import ModelConfig
 from minirt.gguf_file import Tensor, release
 from minirt.ops import KV, Far
 from minirt.rope import Angles, Rope
-from minirt.stores import Store
+from minirt.stores import STORES, Store
 
 from . import attention, kernels
 from .activations import BLOCK, BLOCK_BYTES
@@ -38,7 +38,8 @@ from .memory import Arena, zeros
 from .panels import decode_function, layout, panel_function
 from .prefill_attention import attend_chunk, attention_scratch, block_tokens
 from .prefill_products import many_add_product, many_gated_products, many_norm_products, room_size
-from .shapes import check, check_float_rows, padded, rows_of, whole_vectors, without_padding
+from .rotation import ROTATED, rotate_rows
+from .shapes import check, check_float_rows, check_width, padded, rows_of, whole_vectors, without_padding
 from .sparse_ops import SparseOps
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ PARTS = 8  # of weights in a decode step, at least, so that a thread that lost i
 PART_BYTES = 1 << 20  # ... and about this large if there are more: at its begin, memory is not yet asked for ahead
 HELD_QUERIES, HELD_SUMS = 32, 16  # vectors of a few heads at hand while cached rows pass; queries may come from memory
 
-_FORMAT_OF_STORE = {"f32": "F32", "f16": "F16"}
+_FORMAT_OF_STORE = {name: name.upper().replace("-", "_") for name in STORES}
 _NOTHING, _NOTHING_KEPT = np.empty(0, np.float32), np.empty((0, 0), np.float32)
 
 
@@ -201,9 +202,28 @@ class CpuOps(EvictionOps, SparseOps):
     def append(self, kv: KV, seq: np.ndarray, slot: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         check_slots(kv, seq, slot)
         check(k.shape == v.shape == (len(seq), kv.k.shape[1], k.shape[2]), "keys and values", k.shape, v.shape)
-        check(kv.k.shape[3] == whole_vectors(k.shape[2]), "keys and values", k.shape, kv.k.shape)
+        attention.append(kv.k, kv.v, seq, slot, *self._rows(kv, k, v))
+
+    def _rows(self, kv: KV, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Keys and values [N, H_kv, d] as they will be stored in kv."""
+        check_width(kv.k, k.shape[2])
+        check_width(kv.v, k.shape[2])
         k, v = np.ascontiguousarray(k, np.float32), np.ascontiguousarray(v, np.float32)
-        attention.append(kv.k, kv.v, seq, slot, k, v)
+        return self._like("keys", kv.k, k), self._like("values", kv.v, v)
+
+    def _like(self, name: str, cache: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """Heads of x as a cache has its rows: rotated in the buffer of that name, or as they are."""
+        if cache.dtype.names[0] not in ROTATED:
+            return x
+        out = self._buffer(f"rotated {name}", x.shape)
+        rotate_rows(x, out, (0,) * (x.shape[-1] // LANES))
+        return out
+
+    def _back(self, cache: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Sums of a cache's rows as sums of what was stored; in place."""
+        if cache.dtype.names[0] in ROTATED:
+            rotate_rows(out, out, (0,) * (out.shape[-1] // LANES))
+        return out
 
     def attend(self, q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray, far: Far | None = None) -> np.ndarray:
         return self._attend("attended", q, kv, first, stop, far, _NOTHING_KEPT)
@@ -230,12 +250,13 @@ class CpuOps(EvictionOps, SparseOps):
             check_float_rows(lse)
             kept = self._buffer("denominators", (len(q), 2 * q.shape[1]))
         crew, rows, scale = self._crew.call(), rows_of(kv, seq), 1.0 / math.sqrt(d)
+        q = self._like("queries", kv.k, q)
         attend_chunk(crew, q, *rows, group, start, window, stop, scale, block, scratch, out, kept)
         if lse is not None:
             highs, sums = np.split(kept, 2, axis=1)
             with np.errstate(divide="ignore"):  # of rows that saw nothing
                 np.add(highs, np.log(sums), out=lse)
-        return without_padding(out, d)
+        return without_padding(self._back(kv.v, out), d)
 
     def _attend(
         self, name: str, q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray, far: Far | None, kept: np.ndarray
@@ -251,11 +272,12 @@ class CpuOps(EvictionOps, SparseOps):
         group, n_vectors = shape[1] // kv.k.shape[1], shape[2] // LANES
         scored, summed = (_together(group, n_vectors, most) for most in (HELD_QUERIES, HELD_SUMS))
         out = self._buffer(name, shape)
+        queries = self._like("queries", kv.k, np.ascontiguousarray(queries, np.float32))
         attention.attend(
-            self._crew.call(), np.ascontiguousarray(queries, np.float32), kv.k, kv.v, first, stop, until,
+            self._crew.call(), queries, kv.k, kv.v, first, stop, until,
             np.float32(1.0 / math.sqrt(d)), (0,) * n_vectors, (0,) * scored, (0,) * summed, out, kept,
         )  # fmt: skip
-        return without_padding(out, d)
+        return without_padding(self._back(kv.v, out), d)
 
     def _norm_products(self, x: np.ndarray, norm: np.ndarray, eps: float, *matrices: PanelMatrix) -> _Work:
         """RMSNorm(x) times each matrix, side by side in the result's `out`."""

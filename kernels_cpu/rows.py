@@ -28,6 +28,7 @@ from .ir_vectors import (
     to_float,
     vector,
 )
+from .quantise import encoder
 
 
 def _for_groups(b: ir.IRBuilder, f: Format, row: Value, n_blocks: Value, use: Any) -> None:
@@ -72,8 +73,9 @@ def weights_of(b: ir.IRBuilder, group: Group, lanes: int) -> Value:
 
 @intrinsic
 def encode_row(typingctx: Any, cache: Any, b: Any, h: Any, slot: Any, x: Any, i: Any) -> Any:
-    """cache[b, h, slot] = row x[i, h] of float32 x [N, H, d]: cache [B, H, slots, blocks] of one number a block."""
+    """cache[b, h, slot] = row x[i, h] of float32 x [N, H, d]: cache [B, H, slots, blocks]."""
     f = BY_RECORD[cache.dtype]
+    encode = encoder(f)
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
         cache, seq, head, slot, x, i = args
@@ -85,6 +87,11 @@ def encode_row(typingctx: Any, cache: Any, b: Any, h: Any, slot: Any, x: Any, i:
             value = float_to_half(b, value) if f is FORMATS["F16"] else value
             store(b, value, at(b, target, b.mul(index, I64(f.dtype.itemsize))))
 
+        if encode is not None:
+            with cgutils.for_range(b, b.udiv(d, I64(f.length))) as loop:
+                block = at(b, target, b.mul(loop.index, I64(f.dtype.itemsize)))
+                encode(b, at(b, source, b.mul(loop.index, I64(4 * f.length))), block)
+            return context.get_dummy_value()
         whole = b.udiv(d, I64(LANES))
         with cgutils.for_range(b, whole) as loop:
             put(b.mul(loop.index, I64(LANES)), LANES)

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from minirt.ops import KV
+from minirt.stores import row_numbers
 
 from .ir_vectors import LANES
 
@@ -26,6 +27,11 @@ def padded(x: np.ndarray) -> np.ndarray:
 def without_padding(x: np.ndarray, n: int) -> np.ndarray:
     """The first n of the last axis; a copy if some were padding."""
     return x if x.shape[-1] == n else np.ascontiguousarray(x[..., :n])
+
+
+def check_width(cache: np.ndarray, d: int, what: str = "keys and values") -> None:
+    """Rows of a cache hold heads of d numbers, filled up to whole vectors."""
+    check(row_numbers(cache) == whole_vectors(d), what, (d,), cache.shape)
 
 
 def rows_of(kv: KV, seq: int) -> tuple[np.ndarray, np.ndarray, int]:

@@ -10,11 +10,12 @@ import numpy as np
 
 from minirt.checks import check_choice, check_components, check_index, check_ranges, check_rows
 from minirt.ops import KV
+from minirt.stores import row_numbers
 
 from . import gathered, selection, sparse, token_index
 from .blocks import FORMATS
 from .ir_vectors import LANES
-from .shapes import check, check_rows_in_order, padded, whole_vectors, without_padding
+from .shapes import check, check_rows_in_order, check_width, padded, whole_vectors, without_padding
 
 if TYPE_CHECKING:
     from .crew import Crew
@@ -32,6 +33,8 @@ class SparseOps:
 
     _crew: Crew
     _buffer: Any
+    _like: Any
+    _back: Any
 
     def append_index(
         self,
@@ -49,10 +52,11 @@ class SparseOps:
 
     def mean_rows(self, v: np.ndarray, seq: int, n: int, mean: np.ndarray) -> None:
         check(v.shape[:2] == mean.shape[:2], "means", mean.shape, v.shape)
-        check(v.shape[3] == whole_vectors(mean.shape[2]), "means", mean.shape, v.shape)
+        check_width(v, mean.shape[2], "means")
         if not 0 <= seq < len(v) or not 0 <= n <= v.shape[2]:
             raise ValueError(f"values {v.shape} have no rows 0..{n} of sequence {seq}")
         token_index.mean_rows(self._crew.call(), v[seq], n, mean[seq])
+        self._back(v, mean[seq])
 
     def approximate_top_k(
         self, q: np.ndarray, index: np.ndarray, stop: np.ndarray, r: int, k: int, local: int, sum_logits: bool
@@ -73,6 +77,7 @@ class SparseOps:
         check_choice(n_seq, slots, stop, k)
         vectors, scored, _ = _held(q.shape[1] // n_head_kv, q.shape[2] // LANES)
         out = self._chosen(q.shape[:2], n_head_kv, whole_vectors(slots), k)
+        q = self._like("queries", kv.k, q)
         sparse.exact_top_k(self._crew.call(), q, kv.k, stop, scale, vectors, scored, *out)
         return out[2], out[3]
 
@@ -111,18 +116,19 @@ class SparseOps:
         else:
             _check_weights(weights, q.shape[:2], rows)
             check(mean.shape == (*kv.v.shape[:2], d), "means", mean.shape, kv.v.shape)
+            mean = self._like("means", kv.v, mean)
         out = self._buffer("attended rows", q.shape)
         held = _held(q.shape[1] // kv.k.shape[1], q.shape[2] // LANES)
-        scale = np.float32(1.0 / math.sqrt(d))
+        scale, q = np.float32(1.0 / math.sqrt(d)), self._like("queries", kv.k, q)
         _check_done(
             gathered.attend_rows(self._crew.call(), q, kv.k, kv.v, rows, stop, scale, weights, mean, *held, out), kv
         )
-        return without_padding(out, d)
+        return without_padding(self._back(kv.v, out), d)
 
     def add_rows(self, kv: KV, rows: np.ndarray, stop: np.ndarray, weights: np.ndarray, d: int) -> np.ndarray:
-        (n_seq, n_head), (n_head_kv, slots, width) = weights.shape[:2], kv.v.shape[1:]
+        (n_seq, n_head), (n_head_kv, slots), width = weights.shape[:2], kv.v.shape[1:3], row_numbers(kv.v)
         check(len(kv.v) == n_seq and n_head % n_head_kv == 0, "weights", weights.shape, kv.v.shape)
-        check(width == whole_vectors(d), "heads", (d,), kv.v.shape)
+        check_width(kv.v, d)
         check_rows_in_order(rows, _INT32)
         check(rows.shape[:2] == kv.v.shape[:2], "rows", rows.shape, kv.v.shape)
         _check_weights(weights, (n_seq, n_head), rows)
@@ -130,7 +136,7 @@ class SparseOps:
         out = self._buffer("added rows", (n_seq, n_head, width))
         vectors, _, summed = _held(n_head // n_head_kv, width // LANES)
         _check_done(gathered.add_rows(self._crew.call(), kv.v, rows, stop, weights, vectors, summed, out), kv)
-        return without_padding(out, d)
+        return without_padding(self._back(kv.v, out), d)
 
 
 def _check_done(done: bool, kv: KV) -> None:

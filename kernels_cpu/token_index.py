@@ -64,7 +64,7 @@ def append_index(crew, index, mean, seq, slot, k, v):  # type: ignore[no-untyped
 @kernel
 def _mean_of_head(v, n, mean, h, thread):  # type: ignore[no-untyped-def]
     rows, d = v[h], mean.shape[1]
-    row, sums = np.empty((1, v.shape[2]), np.float32), np.zeros(d)
+    row, sums = np.empty((1, (d + 15) // 16 * 16), np.float32), np.zeros(d)
     for s in range(n):
         decode_row(rows, s, row, 0)
         for j in range(d):

@@ -33,7 +33,7 @@ from .llama import MIN_CONTEXT, Llama, bytes_per_token
 from .policies import POLICIES, Budget, Policy, parse_policy
 from .policies.base import parameters
 from .session import PREFILL_CHUNK, Progress, prompt_chunks
-from .stores import get_store
+from .stores import get_stores
 from .version import __version__
 
 __all__ = ["Result", "Workload", "all_workloads", "check_room", "measure", "read_bandwidth", "record"]
@@ -140,10 +140,10 @@ def measure(
     The model's session is left alone; its policy and KV type do not matter. progress: called with (tokens done, in
     all), never while the clock runs. Raises UsageError for an unknown policy or KV type, or one that does not fit.
     """
-    w, config, store = workload, llama.config, get_store(kv)
+    w, config, stores = workload, llama.config, get_stores(kv)
     decoder = Decoder(config, llama.decoder.weights, llama.decoder.ops, parse_policy(policy))
-    decoder.policy.check(config, max(w.n_ctx, MIN_CONTEXT), store, store)
-    plan = decoder.policy.plan(config, max(w.n_ctx, MIN_CONTEXT), store, store)
+    decoder.policy.check(config, max(w.n_ctx, MIN_CONTEXT), *stores)
+    plan = decoder.policy.plan(config, max(w.n_ctx, MIN_CONTEXT), *stores)
     cache = decoder.new_cache(plan, w.n_sequences)
     tokens = np.random.default_rng(SEED).integers(config.n_vocab, size=(w.n_sequences, w.n_ctx))
     prompts = tokens[:, : w.n_depth + w.n_prompt].tolist()
@@ -199,18 +199,18 @@ def check_room(
 
     Nothing is loaded. ModelError as `open`.
     """
-    made = [(parse_policy(policy), get_store(kv)) for policy in policies for kv in kvs]
+    made = [(parse_policy(policy), get_stores(kv)) for policy in policies for kv in kvs]
     free = available_memory()
     with GGUFFile.open(path) as file:
         config, weights = ModelConfig.from_gguf(file), _nbytes(file)
         for w in workloads:
-            for policy, store in made:
+            for policy, stores in made:
                 n_ctx = max(w.n_ctx, MIN_CONTEXT)
                 try:
-                    policy.check(config, n_ctx, store, store)
+                    policy.check(config, n_ctx, *stores)
                 except UsageError as e:
                     raise UsageError(f"{w}: {e}") from None
-                need = policy.plan(config, n_ctx, store, store).nbytes(config, w.n_sequences)
+                need = policy.plan(config, n_ctx, *stores).nbytes(config, w.n_sequences)
                 if need + weights > free:
                     raise UsageError(
                         f"{w}: the KV cache needs {need / 2**30:.1f} GiB and the model "
@@ -231,7 +231,7 @@ def record(
     """
     file, ops, w = llama.file, llama.decoder.ops, result.workload
     speed, limit = result.bytes_per_second, memory_bytes_per_second
-    policy = parse_policy(result.policy)
+    policy, (k, v) = parse_policy(result.policy), get_stores(result.kv)
     return {
         "build_commit": __version__,
         "build_number": 0,
@@ -245,8 +245,8 @@ def record(
         "n_batch": PREFILL_CHUNK,
         "n_ubatch": PREFILL_CHUNK,
         "n_threads": getattr(ops, "threads", threads or physical_cores()),
-        "type_k": result.kv,
-        "type_v": result.kv,
+        "type_k": k.name,
+        "type_v": v.name,
         "n_prompt": w.n_prompt,
         "n_gen": w.n_gen,
         "n_depth": w.n_depth,

@@ -9,6 +9,7 @@ import numpy as np
 from .config import ModelConfig
 from .ops import INDEX_UNIT, KV, Far
 from .rope import Angles
+from .stores import row_numbers
 
 if TYPE_CHECKING:
     from .weights import LayerWeights
@@ -54,8 +55,13 @@ def check_slots(kv: KV, seq: np.ndarray, slot: np.ndarray) -> None:
 
 
 def check_ranges(q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray) -> None:
-    n_seq, n_head_kv, n_slot, head_dim = kv.k.shape
-    if q.shape[0] != n_seq or q.shape[1] % n_head_kv or q.shape[2] != head_dim or kv.v.shape[:3] != kv.k.shape[:3]:
+    n_seq, n_head_kv, n_slot, _ = kv.k.shape
+    if (
+        q.shape[0] != n_seq
+        or q.shape[1] % n_head_kv
+        or q.shape[2] != row_numbers(kv.k)
+        or kv.v.shape[:3] != kv.k.shape[:3]
+    ):
         raise ValueError(f"queries {q.shape} do not fit a cache {kv.k.shape}")
     if len(first) != n_seq or len(stop) != n_seq or _bounds(first)[0] < 0 or _bounds(stop)[1] > n_slot:
         raise ValueError(f"slot ranges {first}..{stop} lie outside a cache of {n_slot} slots")
@@ -69,8 +75,8 @@ def check_far(q: np.ndarray, far: Far, first: np.ndarray) -> None:
 
 
 def check_chunk(q: np.ndarray, kv: KV, seq: int, start: int, window: int, stop: int, lse: np.ndarray | None) -> None:
-    n_seq, n_head_kv, n_slot, head_dim = kv.k.shape
-    if q.shape[1] % n_head_kv or q.shape[2] != head_dim or kv.v.shape[:3] != kv.k.shape[:3]:
+    n_seq, n_head_kv, n_slot, _ = kv.k.shape
+    if q.shape[1] % n_head_kv or q.shape[2] != row_numbers(kv.k) or kv.v.shape[:3] != kv.k.shape[:3]:
         raise ValueError(f"queries {q.shape} do not fit a cache {kv.k.shape}")
     if not 0 <= seq < n_seq or not 0 <= stop <= n_slot or window < 0:
         raise ValueError(f"chunk {start}..{start + len(q)} of sequence {seq} lies outside a cache {kv.k.shape}")

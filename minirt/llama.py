@@ -26,7 +26,7 @@ from .policies import Policy, parse_policy
 from .policies.base import BoundedPolicy
 from .sampling import Sampling
 from .session import Progress, Session, common_prefix
-from .stores import Store, get_store
+from .stores import Store, get_stores
 from .tokenizer import Tokenizer
 from .weights import LAYER_TENSORS, Weights, load_weights
 
@@ -72,17 +72,18 @@ class Llama:
 
         n_ctx: tokens the session can hold; 0 = what the model was trained for, at most 8192.
         policy: which cached tokens are kept and read: a policy, or its text ("sparq:r=16:k=128"; see minirt.policies).
-        kv: how the cache lies in memory, f16 or f32. device: auto, cpu or reference. threads: None = physical cores.
+        kv: how the cache lies in memory, "f16", "q8_0", or keys/values: "q8_0/q4_0" (see minirt.stores).
+        device: auto, cpu or reference. threads: None = physical cores.
         chat_template: a Jinja file or text instead of the file's own. progress: called with (tensors done, in all).
         Raises ModelError if the file is not usable, UsageError if an argument is not.
         """
-        store, ops, chosen = get_store(kv), open_ops(device, threads), parse_policy(policy)
+        stores, ops, chosen = get_stores(kv), open_ops(device, threads), parse_policy(policy)
         file = GGUFFile.open(path if path is not None else default_model_path())
         config = ModelConfig.from_gguf(file)
         n_ctx = n_ctx or min(config.n_ctx_train, DEFAULT_CONTEXT)
         if not MIN_CONTEXT <= n_ctx <= MAX_CONTEXT:
             raise UsageError(f"--ctx {n_ctx} is out of range ({MIN_CONTEXT} to {MAX_CONTEXT})")
-        plan = _checked_plan(chosen, config, n_ctx, store, store)
+        plan = _checked_plan(chosen, config, n_ctx, *stores)
         tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
         if tokenizer.n_vocab != config.n_vocab:
             raise ModelError(f"{file.path}: {tokenizer.n_vocab} tokens, but embeddings for {config.n_vocab}")

@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_ops import TRUTH, angles, assert_close, filled, normal
+from test_ops import NUMBERS, TRUTH, angles, assert_close, filled, normal
 
 from kernels_cpu import CpuOps
 from minirt.ops import KV, NO_POSITION, Far, MergeRule
+from minirt.reference.attention import store_of
 from minirt.stores import STORES
 
 # H_q, H_kv, d
@@ -36,6 +37,8 @@ def ints(*shape: int, high: int, seed: int = 0) -> np.ndarray:
 def numbers(device: Any, array: Any, d: int) -> np.ndarray:
     """A cache as float32 [B, H_kv, slots, d]."""
     array = device.to_host(array)
+    if array.dtype.itemsize > 4:
+        return store_of(array).decode(array)
     plain = array.view({2: np.float16, 4: np.float32}[array.dtype.itemsize]) if array.dtype.fields else array
     return plain[..., :d].astype(np.float32)
 
@@ -56,6 +59,9 @@ def assert_caches_close(device: Any, kv: KV, truth: KV, d: int, store: str) -> N
         a, b = numbers(device, ours, d), numbers(TRUTH, theirs, d)
         if store == "f32":
             assert_close(a, b)
+        elif store not in NUMBERS:  # another rounding of one number may change the scale of a block
+            assert np.mean(a != b) < 0.02
+            assert np.abs(a - b).max() <= 0.2 * np.abs(b).max()
         else:
             assert np.mean(a != b) < 0.01
             assert np.abs(a - b).max() <= 1e-3 * np.abs(b).max()
@@ -64,7 +70,7 @@ def assert_caches_close(device: Any, kv: KV, truth: KV, d: int, store: str) -> N
 # -- attention ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", NUMBERS)
 @pytest.mark.parametrize(("n_head", "n_head_kv", "d"), HEADS)
 @pytest.mark.parametrize("slots", LENGTHS)
 def test_attend_weights(ops: Any, store: str, n_head: int, n_head_kv: int, d: int, slots: int) -> None:
@@ -96,7 +102,7 @@ def test_weights_may_be_a_part_of_an_array(ops: Any) -> None:
     assert_close(ours, theirs, 1e-5)
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", NUMBERS)
 @pytest.mark.parametrize(("n_head", "n_head_kv", "d"), HEADS)
 @pytest.mark.parametrize(("start", "n"), [(0, 1), (70, 1), (0, 33), (5, 70), (150, 240)])
 def test_column_sums(ops: Any, store: str, n_head: int, n_head_kv: int, d: int, start: int, n: int) -> None:
@@ -108,7 +114,7 @@ def test_column_sums(ops: Any, store: str, n_head: int, n_head_kv: int, d: int, 
     TRUTH.add_column_sums(q, truth, 1, start, lse, theirs)
     assert_close(ours, theirs, 1e-5)
     # The matrix itself.
-    keys = np.repeat(truth.k[1, :, : start + n].astype(np.float64), n_head // n_head_kv, axis=0)
+    keys = numbers(TRUTH, truth.k, d)[1, :, : start + n].astype(np.float64).repeat(n_head // n_head_kv, axis=0)
     logits = np.einsum("thd,hsd->hts", q.astype(np.float64), keys) / np.sqrt(d)
     logits[:, np.arange(start + n) > start + np.arange(n)[:, None]] = -np.inf
     p = np.exp(logits - logits.max(axis=2, keepdims=True))
@@ -161,7 +167,7 @@ def test_concatenate_and_zeros(ops: Any) -> None:
 # -- which slot goes ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", NUMBERS)
 @pytest.mark.parametrize(("n_head_kv", "d"), [(3, 64), (1, 100), (2, 8)])
 def test_overwrite(ops: Any, store: str, n_head_kv: int, d: int) -> None:
     for heads in {1, n_head_kv}:
@@ -229,7 +235,7 @@ def test_argsort_and_take(ops: Any) -> None:
     assert np.array_equal(ops.to_host(ops.take(values, order)), np.sort(values, axis=1))
 
 
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", NUMBERS)
 @pytest.mark.parametrize(("n_head_kv", "d"), [(3, 64), (1, 100), (2, 8)])
 def test_copy_rows(ops: Any, store: str, n_head_kv: int, d: int) -> None:
     for heads in {1, n_head_kv}:
@@ -248,7 +254,7 @@ def test_copy_rows(ops: Any, store: str, n_head_kv: int, d: int) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", NUMBERS)
 @pytest.mark.parametrize(("n_head_kv", "d"), [(3, 64), (2, 80), (1, 128), (2, 100), (1, 8)])
 @pytest.mark.parametrize("slots", [2, 3, 16, 17, 64, 65, 700])
 def test_merge(ops: Any, rule: MergeRule, store: str, n_head_kv: int, d: int, slots: int) -> None:
@@ -333,7 +339,7 @@ def kept_rows(n_head_kv: int, n: int, m: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("store", NUMBERS)
 @pytest.mark.parametrize(("n_head_kv", "d"), [(3, 64), (2, 80), (1, 128), (2, 100), (1, 8)])
 @pytest.mark.parametrize(("n", "m", "head"), [(2, 1, 0), (40, 5, 0), (40, 38, 3), (300, 50, 4), (450, 200, 0)])
 def test_merge_evicted(

@@ -100,7 +100,6 @@ def check() -> None:
 
     from kernels_cpu import CpuOps, compiled
     from minirt.gguf_file import TENSOR_TYPES
-    from minirt.stores import STORES
 
     texts, save = [], compiled._Cache.save_overload
 
@@ -131,7 +130,7 @@ def check() -> None:
         for o, truth in zip(*found, strict=True):
             t.assert_close(o, truth, 2 * t.ROUNDED)
     q, stop = t.normal(2, 6, 64, seed=9), np.array([70, 100], np.int32)
-    for store in STORES:
+    for store in t.NUMBERS:
         caches = [t.filled(device, store, 2, 2, 100, 64) for device in (ops, t.TRUTH)]
         for cache, values in zip(caches[0], caches[1], strict=True):
             assert np.array_equal(np.asarray(cache).view(np.uint8).ravel(), np.asarray(values).view(np.uint8).ravel())

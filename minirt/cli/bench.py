@@ -126,7 +126,13 @@ Examples:
     _names,
     metavar="NAME,...",
 )
-@_list("--kv kvs", "f16", "How keys and values are stored: f16 or f32.", _names, metavar="TYPE,...")
+@_list(
+    "--kv kvs",
+    "f16",
+    "How keys and values are stored: f32, f16, q8_0, q4_0, or as q8_0/q4_0.",
+    _names,
+    metavar="TYPE,...",
+)
 @click.option(
     "--device", default="auto", metavar="NAME",
     help="auto, cpu, gpu, or reference (NumPy: slow, exact).  [default: auto]",

@@ -33,7 +33,7 @@ _COLUMNS = (
     Column("backend", 10, False, lambda r: r["backends"]),
     Column("threads", 7, True, lambda r: str(r["n_threads"])),
     Column("policy", 10, False, lambda r: r["policy"]),
-    Column("kv", 4, False, lambda r: r["type_k"]),
+    Column("kv", 9, False, lambda r: r["type_k"] if r["type_k"] == r["type_v"] else f"{r['type_k']}/{r['type_v']}"),
     Column("batch", 5, True, lambda r: str(r["n_sequences"])),
     Column("test", 15, True, lambda r: _test(r)),
     Column("t/s", 18, True, lambda r: f"{r['avg_ts']:.2f} ± {r['stddev_ts']:.2f}"),

@@ -89,7 +89,12 @@ Examples:
     "--plot", type=click.Path(path_type=Path), metavar="FILE",
     help="Draws scores over cache bytes read, as PNG. Needs matplotlib: pip install 'minirt[plot]'",
 )  # fmt: skip
-@click.option("--kv", default="f16", metavar="TYPE", help="How keys and values are stored.  [default: f16]")
+@click.option(
+    "--kv",
+    default="f16",
+    metavar="TYPE",
+    help="How keys and values are stored: f32, f16, q8_0, q4_0, or as q8_0/q4_0.  [default: f16]",
+)
 @click.option(
     "--device", default="auto", metavar="NAME",
     help="auto, cpu, gpu, or reference (NumPy: slow, exact).  [default: auto]",

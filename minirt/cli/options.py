@@ -69,12 +69,16 @@ class Engine:
 
 
 def engine_options(n_ctx: int = 0, templates: bool = True) -> Callable[[Command], Callable[..., Any]]:
-    """Adds --policy, --kv, --device, --threads, --ctx and --chat-template to a PolicyCommand, which takes them and the
-    flags of its policy as `engine`."""
+    """Adds --policy, --kv, --kv-k, --kv-v, --device, --threads, --ctx and --chat-template to a PolicyCommand.
+
+    It takes them and the flags of its policy as `engine`.
+    """
     ctx_default = str(n_ctx) if n_ctx else "the model's, at most 8192"
     options = [
         _option("--policy", str, "dense", "Which cached tokens are kept and read, also as NAME:r=16.", metavar="NAME"),
-        _option("--kv", str, "f16", "How keys and values are stored: f16 or f32.", metavar="TYPE"),
+        _option("--kv", str, "f16", "How keys and values are stored: f32, f16, q8_0 or q4_0.", metavar="TYPE"),
+        _option("--kv-k", str, None, "... keys, if not as values.", metavar="TYPE"),
+        _option("--kv-v", str, None, "... values, if not as keys.", metavar="TYPE"),
         _option("--device", str, "auto", "auto, cpu, gpu, or reference (NumPy: slow, exact).", metavar="NAME"),
         _option("--threads -t", int, None, "CPU threads.", "physical cores"),
         _option("--ctx -c n_ctx", int, n_ctx, "Context length in tokens.", ctx_default, callback=_context),
@@ -86,10 +90,15 @@ def engine_options(n_ctx: int = 0, templates: bool = True) -> Callable[[Command]
     return _gather("engine", options, _engine, ["flags"])
 
 
-def _engine(policy: str, flags: list[tuple[str, str]], **values: Any) -> Engine:
+def _engine(
+    policy: str, flags: list[tuple[str, str]], kv: str, kv_k: str | None, kv_v: str | None, **values: Any
+) -> Engine:
     from ..policies import parse_policy
+    from ..stores import get_store, get_stores, stores_text
 
-    return Engine(policy=parse_policy(policy, flags), **values)
+    k, v = get_stores(kv)
+    kv = stores_text(get_store(kv_k) if kv_k else k, get_store(kv_v) if kv_v else v)
+    return Engine(policy=parse_policy(policy, flags), kv=kv, **values)
 
 
 def sampling_options(command: Command) -> Callable[..., Any]:

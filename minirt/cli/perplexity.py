@@ -270,11 +270,13 @@ def _base_file(path: Path | None, shape: tuple[int, ...], n_vocab: int) -> Itera
 
 
 def _header(llama: Llama, windows: np.ndarray, decode: bool) -> dict[str, Any]:
-    n_chunk, n_ctx = windows.shape
+    from ..stores import stores_text
+
+    (n_chunk, n_ctx), plan = windows.shape, llama.session.cache.plan
     return {
         "model": llama.config.name,
         "policy": str(llama.decoder.policy),
-        "kv": llama.session.cache.plan.k_store.name,
+        "kv": stores_text(plan.k_store, plan.v_store),
         "device": llama.decoder.ops.name,
         "decode": decode,
         "n_ctx": n_ctx,

@@ -17,7 +17,7 @@ from ..policies import Budget, Policy, parse_policy
 from ..policies.base import BoundedPolicy
 from ..policies.budget import FEWEST
 from ..session import Progress
-from ..stores import get_store
+from ..stores import get_stores
 from ..tokenizer import Tokenizer
 from .example import TOKENS, Example
 from .results import Results, fingerprint
@@ -106,10 +106,10 @@ class Setup:
 
     def check(self, policies: Iterable[str]) -> None:
         """Raises UsageError for a policy that does not fit the model, the context or a prompt, or for an unknown kv."""
-        store = get_store(self.kv)
+        stores = get_stores(self.kv)
         shortest = min(len(example.prompt) for examples in self.examples.values() for example in examples)
         for policy in policies:
-            fitted(policy, shortest).check(self.config, self.n_ctx, store, store)
+            fitted(policy, shortest).check(self.config, self.n_ctx, *stores)
 
 
 def fitted(policy: str, n_prompt: int) -> Policy:
@@ -150,12 +150,13 @@ def record(llama: Llama, setup: Setup, task: Task, policy: str, results: Results
     summary = summarise(rows, setup.rows(task.name, BASELINE, results) if policy != BASELINE else [])
     if policy == NO_CONTEXT:
         summary["share_of_dense"] = None  # of what is not there
+    k, v = get_stores(setup.kv)
     return {
         "model_filename": str(setup.path),
         "model_type": model_type(llama.file, llama.config),
         "backends": llama.decoder.ops.name,
-        "type_k": setup.kv,
-        "type_v": setup.kv,
+        "type_k": k.name,
+        "type_v": v.name,
         "n_ctx": setup.n_ctx,
         "length": setup.length,
         "seed": setup.seed,

@@ -66,6 +66,7 @@ class BasePolicy:
 
     def check(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> None:
         """Raises UsageError if the parameters do not fit the model or the context."""
+        check_stores(config, k_store, v_store)
         if config.sliding_window:
             raise UsageError(
                 f"--policy {self.name}: this model itself reads only the last {config.sliding_window} tokens; "
@@ -88,6 +89,11 @@ class BasePolicy:
     def held(self, config: ModelConfig, cache: Cache, seq: int) -> int:
         """Tokens whose keys and values the layers hold, on average."""
         return int(cache.n_seen[seq])
+
+
+def check_stores(config: ModelConfig, k_store: Store, v_store: Store) -> None:
+    for store in (k_store, v_store):
+        store.check(config.head_dim)
 
 
 @dataclass(frozen=True)

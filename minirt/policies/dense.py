@@ -15,7 +15,7 @@ from ..cache import Cache, CachePlan
 from ..config import ModelConfig
 from ..ops import Array, Ops
 from ..stores import Store
-from .base import BasePolicy
+from .base import BasePolicy, check_stores
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Dense(BasePolicy):
     name: ClassVar[str] = "dense"
 
     def check(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> None:
-        """Dense serves every model."""
+        check_stores(config, k_store, v_store)
 
     def plan(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> CachePlan:
         plan = CachePlan((n_ctx,) * config.n_layer, k_store, v_store, n_ctx, config.head_dim)

@@ -33,7 +33,7 @@ from ..ops import INDEX_BLOCK, INDEX_UNIT, Array, Ops
 from ..stores import Store
 from .base import BasePolicy, parameter
 
-_FLOAT32 = np.dtype(np.float32)
+_FLOAT16, _FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,11 @@ class SparQ(BasePolicy):
 
     def plan(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> CachePlan:
         heads, d, tokens = config.n_head_kv, config.head_dim, min(INDEX_BLOCK, -(-n_ctx // INDEX_UNIT) * INDEX_UNIT)
-        side = {"index": SideArray((heads, -(-n_ctx // tokens), d, tokens), k_store.dtype, tokens)}
+        side = {
+            "index": SideArray(
+                (heads, -(-n_ctx // tokens), d, tokens), _FLOAT32 if k_store.dtype == _FLOAT32 else _FLOAT16, tokens
+            )
+        }
         if self.reallocates(config):
             side["mean"] = SideArray((heads, d), _FLOAT32)
         layers = config.n_layer

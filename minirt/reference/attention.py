@@ -14,7 +14,7 @@ from ..stores import STORES, Store
 
 class AttentionOps:
     def allocate(self, store: Store, shape: tuple[int, int, int, int]) -> np.ndarray:
-        return np.zeros(shape, store.dtype)
+        return np.zeros((*shape[:3], store.items(shape[3])), store.dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return np.zeros(shape, dtype)
