@@ -33,11 +33,11 @@ from .decoder import Decoder
 from .errors import ModelError
 from .policies import Dense
 from .session import prompt_chunks
+from .stores import Store, get_store
 
 if TYPE_CHECKING:
     from .cache import Cache
     from .llama import Llama
-    from .stores import Store
 
 MAGIC = b"_logits_"
 LOGITS_BYTES = 64 << 20  # of logits in memory at once
@@ -74,7 +74,7 @@ def together(llama: Llama, n_ctx: int, dense: bool = False) -> int:
     """How many windows to decode together: as many as make it faster and fit into memory. dense: twice each."""
     plans = [llama.decoder.policy.plan(llama.config, n_ctx, *_stores(llama))]
     if dense:
-        plans.append(Dense().plan(llama.config, n_ctx, *_stores(llama)))
+        plans.append(Dense().plan(llama.config, n_ctx, *_exact_stores(llama)))
     each = sum(plan.nbytes(llama.config) for plan in plans)
     return max(1, min(BATCH_SIZE, available_memory() // MEMORY_SHARE // each))
 
@@ -131,7 +131,7 @@ def dense_log_probs(llama: Llama, windows: np.ndarray) -> Iterator[np.ndarray]:
     b, n_ctx = windows.shape
     first, stop = first_scored(n_ctx), n_ctx - 1
     decoder = Decoder(llama.config, llama.decoder.weights, llama.decoder.ops, Dense())
-    cache = decoder.new_cache(decoder.policy.plan(llama.config, n_ctx, *_stores(llama)), b)
+    cache = decoder.new_cache(decoder.policy.plan(llama.config, n_ctx, *_exact_stores(llama)), b)
     fed = [_fed(llama, window) for window in windows]
     for seq, tokens in enumerate(fed):
         _read(decoder, cache, seq, tokens[:first])
@@ -168,6 +168,12 @@ def _rows_at_once(llama: Llama, n_windows: int) -> int:
 def _stores(llama: Llama) -> tuple[Store, Store]:
     plan = llama.session.cache.plan
     return plan.k_store, plan.v_store
+
+
+def _exact_stores(llama: Llama) -> tuple[Store, Store]:
+    """Those of the cache that a policy or a quantised cache is compared with."""
+    k, v = (get_store("f16") if store.length > 1 else store for store in _stores(llama))
+    return k, v
 
 
 def log_sum_exp(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -313,7 +313,7 @@ def test_info_names_what_matters(cli: Cli, tiny: Path) -> None:
     assert facts["file_bytes"] == tiny.stat().st_size
     assert sum(t["bytes"] for t in facts["tensor_types"].values()) == facts["weight_bytes"]
     # 2 layers x 2 heads x 16 numbers x K and V x bytes each
-    assert facts["memory"] == [{"n_ctx": n, "f32": n * 512, "f16": n * 256} for n in (256, 1000)]
+    assert facts["memory"] == [{"n_ctx": n, "f32": n * 512, "f16": n * 256} for n in (1, 256, 1000)]
 
 
 def test_info_of_smollm2(cli: Cli, smollm2: Path) -> None:

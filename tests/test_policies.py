@@ -17,7 +17,7 @@ from kernels_cpu import CpuOps
 from minirt import Llama
 from minirt.cache import allocate_cache
 from minirt.errors import ModelError
-from minirt.ops import NO_POSITION
+from minirt.ops import NO_POSITION, MergeRule
 from minirt.policies import POLICIES, BasePolicy, parse_policy
 from minirt.policies.base import BoundedPolicy
 from minirt.policies.d2o import spread
@@ -545,6 +545,58 @@ def test_grouped_heads_choose_together() -> None:
         run = Run(f"sparq:r=2:k=1:local=0:gqa={gqa}", None, (2, 1, 16), n_layer=1)
         run.prompt(cut([q, k, v], 0, 3))
         assert run.step(cut([q, k, v], 3, 4))[0, 0, :, 0].tolist() == [best + 1, best + 1]
+
+
+def test_defaults_are_those_of_the_papers() -> None:
+    """Which tokens count as new, how D2O and its published code merge, at what distance LM-Infinite sees the first."""
+    assert [parse_policy(f"sparq:k={k}").newest for k in (128, 64)] == [32, 16]  # type: ignore[attr-defined]
+    newest = {name: parse_policy(name).newest(512) for name in ("h2o", "tova", "d2o", "d2o-code")}  # type: ignore[attr-defined]
+    assert newest == {"h2o": 256, "tova": 0, "d2o": 128, "d2o-code": 256}
+    d2o, code = (parse_policy(name).rule() for name in ("d2o", "d2o-code"))  # type: ignore[attr-defined]
+    assert d2o == MergeRule(beta=0.7, e=np.e, normalised=True, shared=False)
+    assert code == MergeRule(beta=0.5, e=np.e, normalised=False, shared=True)
+    pos, sinks, length = (np.array([n], np.int32) for n in (5000, 16, 496))
+    assert parse_policy("lm-infinite").far_position(pos, sinks, length) == [496]  # type: ignore[attr-defined]
+
+
+def test_layer_budgets_of_the_published_d2o() -> None:
+    """Six layers of which 0, 1 and 5 keep all; x, the mean of variances scaled across three heads, is 0, 1/3 and 2/3 in
+    the others, and a layer keeps L budget exp(-x) / sum of exp(-x) over all six, at least a hundredth of the prompt."""
+    flat, sharp = np.tile([1.0, 3.0], 5000), np.tile([0.0, 4.0], 5000)  # variances 1 and 4
+    heads = [[flat] * 3] * 3 + [[flat, flat, sharp], [flat, sharp, sharp], [flat] * 3]
+    scores, policy = [np.array(of_layer, np.float32) for of_layer in heads], parse_policy("d2o-code")
+    total = 4 + np.exp(-1 / 3) + np.exp(-2 / 3)
+    limits = policy.layer_limits(scores, 1000, 20000).tolist()  # type: ignore[attr-defined]
+    expected = [int(6 * 1000 * np.exp(-x) / total) for x in (0, 1 / 3, 2 / 3)]
+    assert limits == [20000, 20000, *expected, 20000]
+    assert policy.layer_limits(scores, 8, 20000)[2:5].tolist() == [100] * 3  # type: ignore[attr-defined]
+
+
+def test_bytes_that_d2o_reads() -> None:
+    """Of 5 slots, the free one included: keys, values and scores; where all are taken the keys once more, to merge."""
+    run = Run("d2o:budget=4:sinks=1", None, (6, 2, 16), n_layer=3)
+    rows, sums = 2 * 16 * 4, 2 * 4  # of a slot, float32: keys of two heads, their scores
+    full = run.policy.bytes_read(run.config, run.cache.plan, 100)
+    h2o = Run("h2o:budget=4", None, (6, 2, 16), n_layer=3)
+    assert full - h2o.policy.bytes_read(h2o.config, h2o.cache.plan, 100) == 3 * 5 * rows
+    assert full >= 3 * 5 * (3 * rows + sums)
+    for n in (1, 4):
+        assert run.policy.bytes_read(run.config, run.cache.plan, n) == h2o.policy.bytes_read(
+            h2o.config, h2o.cache.plan, n
+        )
+
+
+@pytest.mark.parametrize("name", ["window", "streaming", "h2o", "tova", "d2o", "d2o-code"])
+def test_a_budget_in_bytes_is_not_exceeded(name: str) -> None:
+    """All that a policy keeps is counted, and one token more would be too much."""
+    config: Any = SimpleNamespace(n_layer=6, n_head=6, n_head_kv=2, head_dim=16, sliding_window=0)
+    for kib in (100, 333):
+        policy = parse_policy(f"{name}:budget={kib}KiB")
+        size = policy.plan(config, 64, STORES["f16"], STORES["f16"]).nbytes(config)
+        more = parse_policy(f"{name}:budget={policy.kept(config, 64, *2 * [STORES['f16']]) + 1}")  # type: ignore[attr-defined]
+        assert size <= kib << 10
+        if size < kib << 10 and more.kept(config, 64, *2 * [STORES["f16"]]) < 64:  # type: ignore[attr-defined]
+            assert more.plan(config, 64, STORES["f16"], STORES["f16"]).nbytes(config) > kib << 10
 
 
 @pytest.mark.parametrize("device", OPS)

@@ -51,7 +51,7 @@ def _percent(share: float | None) -> str:
 
 def check_writable(path: Path) -> None:
     """Raises ModelError if a file cannot be written there, before time is spent on what it shall hold."""
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+    if (path.exists() and not path.is_file()) or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ModelError(f"{path}: cannot write")
 
 

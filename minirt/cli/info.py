@@ -93,14 +93,15 @@ def _facts(file: GGUFFile, config: ModelConfig | None, tokenizer: Tokenizer, n_c
 
 
 def _memory(config: ModelConfig, n_ctx: int | None) -> list[dict[str, int]]:
-    """Bytes of a full KV cache, by context length and store."""
+    """Bytes of a full KV cache, by context length (1: of a token) and store."""
     from ..policies import Dense
     from ..stores import STORES
 
     policy = Dense()
-    lengths = {n for n in CONTEXTS if n < config.n_ctx_train} | {config.n_ctx_train} | ({n_ctx} if n_ctx else set())
+    stores = {name: s for name, s in STORES.items() if not name.endswith("-plain") and config.head_dim % s.length == 0}
+    lengths = {n for n in CONTEXTS if n < config.n_ctx_train} | {1, config.n_ctx_train} | ({n_ctx} if n_ctx else set())
     return [
-        {"n_ctx": n} | {name: policy.plan(config, n, store, store).nbytes(config) for name, store in STORES.items()}
+        {"n_ctx": n} | {name: policy.plan(config, n, store, store).nbytes(config) for name, store in stores.items()}
         for n in sorted(lengths)
     ]
 
@@ -165,7 +166,8 @@ def _text(facts: dict[str, Any]) -> str:
         lines += ["", "memory of the KV cache, in all (with the weights)"]
         lines.append("  context  " + "".join(f"{'--kv ' + name:>24}" for name in stores))
         for row in facts["memory"]:
-            cells = (f"{_size(row[s])} ({_size(row[s] + facts['weight_bytes'])})" for s in stores)
+            whole, weights = row["n_ctx"] > 1, facts["weight_bytes"]
+            cells = (f"{_size(row[s])} ({_size(row[s] + weights)})" if whole else f"{row[s]} bytes" for s in stores)
             lines.append(f"  {row['n_ctx']:7d}  " + "".join(f"{cell:>24}" for cell in cells))
         lines += ["", f"KV policies at {facts['policies'][0]['n_ctx']} tokens, --kv f16"]
         lines.append(f"  --policy    {'held':>12}{'read per token':>18}")

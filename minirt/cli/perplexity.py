@@ -69,7 +69,7 @@ def perplexity(
 
     The figures are llama-perplexity's. The text is cut into windows of --ctx tokens, and the second half of each is
     predicted. With --kld the Kullback-Leibler divergence from a base is measured too: from the same model with dense
-    attention, or from another model on the windows saved in its base file.
+    attention and a cache that is not quantised, or from another model on the windows saved in its base file.
 
     With dense attention the second half is read as a prompt. A policy acts on what is generated: then the first half is
     the prompt, and the tokens of the second are decoded one by one as if they had been generated.

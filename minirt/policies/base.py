@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -110,13 +111,26 @@ class BoundedPolicy(BasePolicy):
     def check(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> None:
         super().check(config, n_ctx, k_store, v_store)
         if isinstance(self.budget, Budget):
-            self.budget.check(config, n_ctx, CachePlan((), k_store, v_store))
+            self.budget.check(n_ctx, self._nbytes(config, n_ctx, k_store, v_store))
 
     def kept(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> int:
         """Tokens that a layer keeps."""
         if not isinstance(self.budget, Budget):
             return min(DEFAULT_BUDGET, n_ctx)
-        return max(1, min(n_ctx, self.budget.tokens(config, n_ctx, CachePlan((), k_store, v_store))))
+        return max(1, min(n_ctx, self.budget.tokens(n_ctx, self._nbytes(config, n_ctx, k_store, v_store))))
+
+    def plan(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> CachePlan:
+        """See Policy."""
+        raise NotImplementedError
+
+    def _nbytes(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> Callable[[int], int]:
+        """Bytes of a cache with a budget of so many tokens, all that a policy keeps included."""
+
+        def nbytes(n: int) -> int:
+            policy = dataclasses.replace(self, budget=n)
+            return policy.plan(config, max(n_ctx, n), k_store, v_store).nbytes(config)
+
+        return nbytes
 
     def small(self: Bounded) -> Bounded:
         return dataclasses.replace(self, budget=8)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from ..cache import CachePlan
-from ..config import ModelConfig
 from ..errors import UsageError
 
 FEWEST = 8  # tokens
@@ -41,17 +40,18 @@ class Budget:
     def __str__(self) -> str:
         return self.text
 
-    def tokens(self, config: ModelConfig, n_ctx: int, plan: CachePlan) -> int:
-        """Slots a layer keeps of a sequence of up to n_ctx tokens, be it 0; `plan` says what a slot costs."""
+    def tokens(self, n_ctx: int, nbytes: Callable[[int], int]) -> int:
+        """Tokens a layer keeps of a sequence of up to n_ctx, be it 0; nbytes: what a budget of so many tokens takes."""
         if self.unit == "tokens":
             return int(self.amount)
         if self.unit == "context":
             return int(self.amount * n_ctx)
-        return int(self.amount) // (config.n_layer * plan.row_bytes(config))
+        least, next_to_it = nbytes(FEWEST), nbytes(FEWEST + 1)
+        return max(0, FEWEST + (int(self.amount) - least) // max(1, next_to_it - least))
 
-    def check(self, config: ModelConfig, n_ctx: int, plan: CachePlan) -> None:
+    def check(self, n_ctx: int, nbytes: Callable[[int], int]) -> None:
         """Raises UsageError if that is too little, or more than the context."""
-        n = self.tokens(config, n_ctx, plan)
+        n = self.tokens(n_ctx, nbytes)
         meaning = "" if self.unit == "tokens" else f" gives {n} tokens per layer, which"
         if not FEWEST <= n <= n_ctx:
             raise UsageError(f"--budget {self}{meaning} is out of range ({FEWEST} to {n_ctx} tokens, the context)")

@@ -51,6 +51,11 @@ class D2O(Evicting):
 
     def check(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> None:
         super().check(config, n_ctx, k_store, v_store)
+        if self.compress == "stepwise":
+            raise UsageError(
+                f"--compress stepwise does not go with --policy {self.name}: the attention of a prompt tells what its "
+                "layers keep (oneshot, chunked)"
+            )
         kept = self.kept(config, n_ctx, k_store, v_store)
         if self.sinks >= kept:
             raise UsageError(f"--sinks {self.sinks} is out of range (0 to {kept - 1}, within the budget)")

@@ -154,7 +154,8 @@ class _WithSinks(Window):
         if self.recent is not None and self.recent > n_ctx:
             raise UsageError(f"--recent {self.recent} is out of range (1 to {n_ctx}, the context)")
         if isinstance(self.budget, Budget) and self.recent is not None and self.n_sinks + self.recent != kept:
-            raise UsageError(f"--budget {self.budget} is not the sum of --sinks and --recent; give two of the three")
+            together = f"--sinks {self.n_sinks} and --recent {self.recent} together"
+            raise UsageError(f"--budget {self.budget} is not {together}: leave out --budget or --recent")
         most = min(kept, n_ctx) - 1
         if self.sinks > most:
             raise UsageError(f"--sinks {self.sinks} is out of range (0 to {most}, within the budget)")
