@@ -82,6 +82,10 @@ def _q4_0(b: ir.IRBuilder, source: Value, block: Value) -> None:
     store(b, b.trunc(b.or_(low, b.shl(high, like(high, 4))), vector(I8)), at(b, block, 2))
 
 
+_ENCODERS = {"q8_0": _q8_0, "q4_0": _q4_0}
+
+
 def encoder(f: Format) -> Encoder | None:
     """What makes a block of this format; None if its items are plain numbers."""
-    return {34: _q8_0, 18: _q4_0}.get(f.dtype.itemsize)
+    (name,) = f.dtype.names or ("",)
+    return _ENCODERS.get(name.removesuffix("_plain"))

@@ -10,13 +10,14 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from minirt.stores import STORES
 from minirt.stores.hadamard import rotation_size
 
 from .compiled import kernel
 from .ir_vectors import F32, I32, LANES, Value, at, constant, load, multiply_add, store, vector
 from .pointers import address
 
-ROTATED = frozenset({"q8_0", "q4_0"})  # types of caches whose rows are
+ROTATED = frozenset(store.dtype.names[0] for store in STORES.values() if store.rotated and store.dtype.names)
 
 
 def _within(b: ir.IRBuilder, x: Value, step: int) -> Value:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import test_eviction_ops as eviction
 import test_ops as attention
 import test_sparse_ops as sparse
+from conftest import Cli, only_line
 from test_ops import TRUTH, assert_close, normal
 from test_policies import OPS, POLICY_TABLE, Run, cut, distance, random_qkv
 
@@ -209,7 +211,28 @@ def test_names() -> None:
             get_stores(text)
 
 
-def test_heads_that_do_not_fit(cli: Any, tmp_path: Path) -> None:
+def test_heads_that_do_not_fit(cli: Cli, tiny: Path) -> None:
     for size in (16, 80):
         with pytest.raises(UsageError, match=f"--kv q8_0 takes heads of a multiple of 32 numbers.* have {size}"):
             STORES["q8_0"].check(size)
+    for policy in ("dense", "topk", "sparq", "tova"):
+        for flags in (("--kv", "q4_0"), ("--kv-k", "q4_0"), ("--kv-v", "q4_0-plain")):
+            result = cli("run", tiny, "-p", "x", "--device", "reference", "--policy", policy, *flags)
+            assert (result.exit_code, result.stdout) == (2, "")
+            assert "takes heads of a multiple of 32 numbers, this model's have 16" in only_line(result.stderr)
+
+
+def test_flags_for_keys_and_values(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("one and the other and the rest of them, " * 20)
+    for flags, kv in (
+        (("--kv", "f32"), "f32"),
+        (("--kv-v", "f32"), "f16/f32"),
+        (("--kv", "f32", "--kv-k", "f16"), "f16/f32"),
+        (("--kv", "f16/f32", "--kv-v", "f16"), "f16"),
+    ):
+        result = cli("perplexity", tiny, "-f", text, "-c", 64, "--chunks", 1, "--json", "--device", "reference", *flags)
+        assert json.loads(result.stdout)["kv"] == kv
+    result = cli("run", tiny, "-p", "x", "--kv-v", "q3")
+    assert result.exit_code == 2
+    assert "unknown KV type 'q3' (one of: f32, f16, q8_0, q4_0," in only_line(result.stderr)

@@ -8,7 +8,8 @@ A decode step (algorithm 1), for a KV head and its query heads:
 The prompt is attended densely, and so are texts of up to k tokens: nothing could be saved.
 
 K lies twice in memory: as rows for step 2, and component by component (the `index`) for step 1; that is 1.5 times the
-dense cache. v_bar is a running mean in float32 of the values as they were given, not as they were stored.
+dense cache. Beside rows that are quantised the index is float16. It is made of the keys as they were given, and so is
+v_bar, a running mean in float32, of the values.
 
 Where the paper leaves a choice:
   - Heads that share keys: the paper's text and its algorithm sum the probabilities s over the group (sum-prob), its
@@ -70,11 +71,8 @@ class SparQ(BasePolicy):
 
     def plan(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> CachePlan:
         heads, d, tokens = config.n_head_kv, config.head_dim, min(INDEX_BLOCK, -(-n_ctx // INDEX_UNIT) * INDEX_UNIT)
-        side = {
-            "index": SideArray(
-                (heads, -(-n_ctx // tokens), d, tokens), _FLOAT32 if k_store.dtype == _FLOAT32 else _FLOAT16, tokens
-            )
-        }
+        dtype = _FLOAT32 if k_store.dtype == _FLOAT32 else _FLOAT16
+        side = {"index": SideArray((heads, -(-n_ctx // tokens), d, tokens), dtype, tokens)}
         if self.reallocates(config):
             side["mean"] = SideArray((heads, d), _FLOAT32)
         layers = config.n_layer

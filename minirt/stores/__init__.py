@@ -10,12 +10,13 @@ A store added later is one entry here, what devices need to read and write its r
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..errors import UsageError
-from .blocks import decode_q4_0, decode_q8_0, encode_q4_0, encode_q8_0
+from .blocks import CODECS
 from .hadamard import rotate, rotation_size
 
 BLOCK = 32  # numbers that share a scale
@@ -58,6 +59,10 @@ class BlockStore(Store):
     rotated: bool = False
     length = BLOCK
 
+    @property
+    def _codec(self) -> tuple[Callable[[np.ndarray], np.ndarray], Callable[[np.ndarray], np.ndarray]]:
+        return CODECS[self.name.removesuffix("-plain")]
+
     def check(self, head_dim: int) -> None:
         if head_dim % BLOCK:
             raise UsageError(
@@ -68,13 +73,11 @@ class BlockStore(Store):
         """float32 [..., d] -> blocks [..., d / 32]."""
         rows = rotate(rows, rotation_size(rows.shape[-1])) if self.rotated else rows
         blocks = np.ascontiguousarray(rows, np.float32).reshape(*rows.shape[:-1], rows.shape[-1] // BLOCK, BLOCK)
-        encode = encode_q8_0 if self.dtype.itemsize == 34 else encode_q4_0
-        return encode(blocks).view(self.dtype)[..., 0]
+        return self._codec[0](blocks).view(self.dtype)[..., 0]
 
     def decode(self, rows: np.ndarray) -> np.ndarray:
-        decode = decode_q8_0 if self.dtype.itemsize == 34 else decode_q4_0
         data = np.ascontiguousarray(rows).view(np.uint8).reshape(*rows.shape, self.dtype.itemsize)
-        values = decode(data).reshape(*rows.shape[:-1], BLOCK * rows.shape[-1])
+        values = self._codec[1](data).reshape(*rows.shape[:-1], BLOCK * rows.shape[-1])
         return rotate(values, rotation_size(values.shape[-1])) if self.rotated else values
 
 

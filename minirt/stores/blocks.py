@@ -50,3 +50,6 @@ def _half(scale: np.ndarray) -> np.ndarray:
 
 def _scale(blocks: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float32)
+
+
+CODECS = {"q8_0": (encode_q8_0, decode_q8_0), "q4_0": (encode_q4_0, decode_q4_0)}
