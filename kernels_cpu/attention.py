@@ -14,6 +14,7 @@ from .pointers import address, copy_floats
 from .rows import encode_row
 from .softmax import exp, exp_row, row_maximum
 from .tiles import add_rows, score_rows
+from .unowned import unowned
 
 TILE = 64  # cached rows scored before their values are added; whole vectors, because score_rows rounds up to them
 TASKS = 8  # of attention in a decode step, if there are so many ...
@@ -65,11 +66,14 @@ def _attend_part(  # type: ignore[no-untyped-def]
     else:
         head = h * group
         begin, end = part_of(first[b], stop[b], n_head_kv, part)
-    scores = np.empty((group, TILE), np.float32)
-    for g in range(group):
-        largest[task, g], total[task, g] = -np.inf, 0.0
-        for j in range(d):
-            sums[task, g, j] = 0.0
+    # What changes with every tile lies in memory of its own: neighbouring tasks would fight for lines of memory.
+    scores, own, highs = (
+        np.empty((group, TILE), np.float32),
+        np.zeros((1, group, d), np.float32),
+        np.empty(group, np.float32),
+    )
+    masses = np.zeros(group, np.float32)
+    highs[:] = -np.inf
     for tile in range(begin, end, TILE):
         width = min(TILE, end - tile)
         for g in range(0, group, len(scored)):
@@ -78,14 +82,18 @@ def _attend_part(  # type: ignore[no-untyped-def]
             if columns > 0:
                 to = kept + 4 * ((b * n_head + head + g) * columns + tile)
                 copy_floats(to, address(scores) + 4 * TILE * g, width)
-            high = row_maximum(scores, g, 0, width, largest[task, g])
-            shrink = exp(largest[task, g] - high)
-            largest[task, g] = high
-            total[task, g] = total[task, g] * shrink + exp_row(scores, g, 0, width, high)
+            high = row_maximum(scores, g, 0, width, highs[g])
+            shrink = exp(highs[g] - high)
+            highs[g] = high
+            masses[g] = masses[g] * shrink + exp_row(scores, g, 0, width, high)
             for j in range(d):
-                sums[task, g, j] *= shrink
+                own[0, g, j] *= shrink
         for g in range(0, group, len(summed)):
-            add_rows(v, b, h, tile, width, scores, sums, task, g, vectors, summed)
+            add_rows(v, b, h, tile, width, scores, own, 0, g, vectors, summed)
+    for g in range(group):
+        largest[task, g], total[task, g] = highs[g], masses[g]
+        for j in range(d):
+            sums[task, g, j] = own[0, g, j]
 
 
 @kernel
@@ -106,8 +114,9 @@ def attend(crew, q, k, v, first, stop, far, scale, vectors, scored, summed, out,
     sums = np.empty((tasks, group, d), np.float32)
     largest, total = np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
     columns = kept.shape[1]
-    arguments = (q, k, v, first, stop, far, scale, most, vectors, scored, summed, sums, largest, total)
-    share(crew, tasks, _attend_part, (*arguments, address(kept), columns))
+    of = (unowned(q), unowned(k), unowned(v), unowned(first), unowned(stop), unowned(far), scale, most)
+    to = (unowned(sums), unowned(largest), unowned(total), address(kept), columns)
+    share(crew, tasks, _attend_part, (*of, vectors, scored, summed, *to))
     for b in range(n_seq):
         for h in range(n_head):
             begin, g = (b * n_head_kv + h // group) * most, h % group
