@@ -20,6 +20,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ from .compiled import kernel
 from .ir_vectors import I32, I64, Value, at, into_array
 from .isa import ARM, X86
 
-TICKET, FUNCTION, ENVIRONMENT, DONE, STALL, ALONE = 0, 8, 16, 64, 128, 136  # byte offsets
+TICKET, FUNCTION, ENVIRONMENT, DONE, STALL, ALONE, STAY = 0, 8, 16, 64, 128, 136, 192  # byte offsets
 TASK_BITS = 32
 AWAKE = 200e-6  # seconds a worker looks for work before it sleeps: longer than the Python between two kernel calls
 STALLED = 1e-3  # seconds of waiting for a task that tell of a lost core; STALL holds it in looks
@@ -239,6 +240,18 @@ class Crew:
                 bell.rung.release()
         return self.state
 
+    def play(self, calls: Callable[[], None]) -> None:
+        """Runs kernel calls that follow each other without Python between them, through which nobody sleeps.
+
+        One who was about to sleep when the first was made would not be woken before the last.
+        """
+        self.state[STAY // 8] = 1
+        try:
+            self.call()
+            calls()
+        finally:
+            self.state[STAY // 8] = 0
+
 
 class _Bell:
     """How a worker is woken."""
@@ -272,7 +285,10 @@ def _work(state: np.ndarray, bell: _Bell, patience: int, number: int) -> None:
     while not bell.dismissed:
         _serve_until_idle(state, patience, number)
         bell.asleep = True
-        bell.rung.acquire()
+        if state[STAY // 8]:
+            bell.asleep = False
+        else:
+            bell.rung.acquire()
 
 
 @functools.cache

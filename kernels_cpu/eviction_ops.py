@@ -31,7 +31,6 @@ from .ir_vectors import LANES
 from .probabilities import spread_weights
 from .shapes import check_float_rows, check_rows_in_order, padded, rows_of
 
-_NO_BIAS = np.empty(0, np.float32)
 _F32, _I32 = np.dtype(np.float32), np.dtype(np.int32)
 
 
@@ -42,6 +41,8 @@ class EvictionOps:
     _crew: Crew
     _rows: Any
     _like: Any
+    _run: Any
+    _in_order: Any
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return memory.zeros(shape, dtype)
@@ -57,12 +58,9 @@ class EvictionOps:
 
     def rotate(self, x: np.ndarray, angles: Angles) -> np.ndarray:
         check_rotation(x, angles)
-        n, heads, d = x.shape
-        out = np.array(x, np.float32, order="C")
-        cos, sin = angles.values
+        out, (cos, sin) = np.empty(x.shape, np.float32), angles.values
         strides = (2, 1) if angles.interleaved else (1, cos.shape[1])
-        rows = out.reshape(n, heads * d)
-        kernels.finish_heads(rows, 0, heads, d, _NO_BIAS, _NO_BIAS, np.float32(0.0), cos, sin, *strides)
+        self._run(kernels.turned, self._in_order(x), out, cos, sin, *strides)
         return out
 
     def concatenate(self, parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -75,7 +73,7 @@ class EvictionOps:
         check_rows_in_order(weights, _F32)
         kept = self._buffer("kept scores", (q.shape[0] * q.shape[1], weights.shape[2] + 2))
         out = self._attend("attended with weights", q, kv, np.zeros(len(stop), np.int32), stop, None, kept)
-        spread_weights(self._crew.call(), kept, stop, weights, accumulate)
+        self._run(spread_weights, self._crew.call(), kept, stop, weights, accumulate)
         return out
 
     def add_column_sums(self, q: np.ndarray, kv: KV, seq: int, start: int, lse: np.ndarray, sums: np.ndarray) -> None:
@@ -91,7 +89,7 @@ class EvictionOps:
         self, kv: KV, slot: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, pos: np.ndarray
     ) -> None:
         check_overwrite(kv, slot, k, v, positions, pos)
-        if not eviction.overwrite(kv.k, kv.v, slot, *self._rows(kv, k, v), positions, pos):
+        if not self._run(eviction.overwrite, kv.k, kv.v, slot, *self._rows(kv, k, v), positions, pos):
             raise ValueError(f"slots {slot} lie outside a cache {kv.k.shape}")
 
     def evict(
@@ -107,7 +105,7 @@ class EvictionOps:
         check_eviction(scores, positions, stop, room, head, before, slot)
         check_rows_in_order(scores, _F32)
         check_rows_in_order(positions, _I32)
-        if not eviction.evict(scores, positions, stop, room, head, before, slot):
+        if not self._run(eviction.evict, scores, positions, stop, room, head, before, slot):
             raise ValueError(f"slots {head}..{stop}, room for {room}, lie outside scores {scores.shape}")
 
     def argsort(self, values: np.ndarray) -> np.ndarray:
@@ -138,7 +136,7 @@ class EvictionOps:
         check_merge(kv, slot, stop, head, active, threshold)
         vectors = (0,) * (row_numbers(kv.k) // LANES)
         how = np.float32(rule.beta), np.float32(rule.e), rule.normalised, rule.shared
-        if not merging.merge(self._crew.call(), *kv, slot, stop, head, active, threshold, *how, vectors):
+        if not self._run(merging.merge, self._crew.call(), *kv, slot, stop, head, active, threshold, *how, vectors):
             raise ValueError(f"slots {slot} or {head}..{stop} lie outside a cache {kv.k.shape}")
 
     def merge_evicted(self, kv: KV, kept: np.ndarray, head: int, threshold: np.ndarray, rule: MergeRule) -> None:

@@ -197,6 +197,28 @@ def finish_heads(x, begin, heads, d, bias, norm, eps, cos, sin, stride, partner)
 
 
 @kernel
+def turned(x, out, cos, sin, stride, partner):  # type: ignore[no-untyped-def]
+    """out = heads x [N, H, d], turned as in `finish_qkv`."""
+    n, heads, d = x.shape
+    rows, nothing = out.reshape(n, heads * d), cos[0, :0]
+    for i in range(n):
+        for h in range(heads):
+            for j in range(d):
+                out[i, h, j] = x[i, h, j]
+    finish_heads(rows, 0, heads, d, nothing, nothing, np.float32(0.0), cos, sin, stride, partner)
+
+
+@kernel
+def side_by_side(x, y, out):  # type: ignore[no-untyped-def]
+    """out [N, 2 H, d] = heads x and y [N, H, d], one after the other."""
+    n, heads, d = x.shape
+    for i in range(n):
+        for h in range(heads):
+            for j in range(d):
+                out[i, h, j], out[i, heads + h, j] = x[i, h, j], y[i, h, j]
+
+
+@kernel
 def finish_qkv(  # type: ignore[no-untyped-def]
     x, q_begin, k_begin, v_begin, n_head, n_head_kv, d, bq, bk, bv, q_norm, k_norm, eps, cos, sin, stride, partner
 ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from minirt.checks import (
 )
 from minirt.config import ModelConfig
 from minirt.gguf_file import Tensor, release
-from minirt.ops import KV, Far
+from minirt.ops import KV, Array, Far, Ops
 from minirt.rope import Angles, Rope
 from minirt.stores import STORES, Store
 
@@ -41,6 +42,7 @@ from .prefill_products import many_add_product, many_gated_products, many_norm_p
 from .rotation import ROTATED, rotate_rows
 from .shapes import check, check_float_rows, check_width, padded, rows_of, whole_vectors, without_padding
 from .sparse_ops import SparseOps
+from .tape import Tape
 
 if TYPE_CHECKING:
     from minirt.weights import LayerWeights
@@ -121,6 +123,7 @@ class CpuOps(EvictionOps, SparseOps):
         self._room = np.empty((threads, room_size(MANY_PANELS)), np.float32)  # of each thread in prefill
         self._known: dict[tuple[Any, ...], _Work] = {}
         self._scratch: dict[str, np.ndarray] = {}
+        self._tape: Tape | None = None  # while a step is recorded
 
     def vector(self, values: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(values, np.float32)
@@ -155,12 +158,13 @@ class CpuOps(EvictionOps, SparseOps):
         w = self._norm_products(x, layer.attn_norm, config.rms_eps, layer.wq, layer.wk, layer.wv)
         cos, sin = angles.values
         optional = (layer.bq, layer.bk, layer.bv, layer.q_norm, layer.k_norm)
-        kernels.finish_qkv(
+        self._run(
+            kernels.finish_qkv,
             w.out, *w.begins, n_head, n_head_kv, d, *(_NOTHING if a is None else a for a in optional),
             np.float32(config.rms_eps), cos, sin, *((2, 1) if angles.interleaved else (1, cos.shape[1])),
         )  # fmt: skip
         q, k, v = (
-            np.ascontiguousarray(w.out[:, begin : begin + heads * d]).reshape(n, heads, d)
+            self._in_order(w.out[:, begin : begin + heads * d]).reshape(n, heads, d)
             for begin, heads in zip(w.begins, (n_head, n_head_kv, n_head_kv), strict=True)
         )
         return q, k, v
@@ -168,7 +172,7 @@ class CpuOps(EvictionOps, SparseOps):
     def add_linear(self, x: np.ndarray, h: np.ndarray, matrix: PanelMatrix) -> None:
         check(x.shape == (len(h), matrix.shape[0]), "residual", x.shape, h.shape)
         check(h.shape[1] == matrix.shape[1], "activations", h.shape, matrix.shape)
-        self._add_product(x, np.ascontiguousarray(h), matrix)
+        self._add_product(x, self._in_order(h), matrix)
 
     def feed_forward(self, x: np.ndarray, layer: LayerWeights, config: ModelConfig) -> None:
         gate, up = layer.w_gate, layer.w_up
@@ -177,9 +181,13 @@ class CpuOps(EvictionOps, SparseOps):
         w, crew, eps = self._work(len(x), gate, up), self._crew.call(), np.float32(config.rms_eps)
         if len(x) <= FEW_ROWS:
             h = self._buffer("gated", (len(x), gate.columns))
-            kernels.gated_products(crew, x, layer.ffn_norm, eps, w.descriptors, w.step, w.normed, w.codes, w.out, h)
-            h = without_padding(h, gate.shape[0])
+            self._run(
+                kernels.gated_products,
+                crew, x, layer.ffn_norm, eps, w.descriptors, w.step, w.normed, w.codes, w.out, h,
+            )  # fmt: skip
+            h = self._without_padding(h, gate.shape[0])
         else:
+            self._not_recorded()
             h = self._buffer("gated", (len(x), gate.shape[0]))
             ups = self._buffer("ups", (self.threads, len(x) * LANES * w.step))
             many_gated_products(
@@ -192,6 +200,15 @@ class CpuOps(EvictionOps, SparseOps):
         out = self._norm_products(x, norm, eps, matrix).out[:, : matrix.shape[0]]
         return np.array(out) if len(x) <= FEW_ROWS else out
 
+    def record(self, step: Callable[[Ops], Array]) -> tuple[Array, Callable[[], None] | None]:
+        self._tape = tape = Tape()
+        try:
+            result = step(_Recorded(self))  # type: ignore[arg-type]
+        finally:
+            self._tape = None
+        tape.end()
+        return result, functools.partial(self._crew.play, tape.play) if tape.whole else None
+
     def angles(self, rope: Rope, pos: np.ndarray) -> Angles:
         return Angles(rope.angles(pos), rope.interleaved)
 
@@ -202,13 +219,13 @@ class CpuOps(EvictionOps, SparseOps):
     def append(self, kv: KV, seq: np.ndarray, slot: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         check_slots(kv, seq, slot)
         check(k.shape == v.shape == (len(seq), kv.k.shape[1], k.shape[2]), "keys and values", k.shape, v.shape)
-        attention.append(kv.k, kv.v, seq, slot, *self._rows(kv, k, v))
+        self._run(attention.append, kv.k, kv.v, seq, slot, *self._rows(kv, k, v))
 
     def _rows(self, kv: KV, k: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values [N, H_kv, d] as they will be stored in kv."""
         check_width(kv.k, k.shape[2])
         check_width(kv.v, k.shape[2])
-        k, v = np.ascontiguousarray(k, np.float32), np.ascontiguousarray(v, np.float32)
+        k, v = self._in_order(k), self._in_order(v)
         return self._like("keys", kv.k, k), self._like("values", kv.v, v)
 
     def _like(self, name: str, cache: np.ndarray, x: np.ndarray) -> np.ndarray:
@@ -216,13 +233,13 @@ class CpuOps(EvictionOps, SparseOps):
         if cache.dtype.names[0] not in ROTATED:
             return x
         out = self._buffer(f"rotated {name}", x.shape)
-        rotate_rows(x, out, (0,) * (x.shape[-1] // LANES))
+        self._run(rotate_rows, x, out, (0,) * (x.shape[-1] // LANES))
         return out
 
     def _back(self, cache: np.ndarray, out: np.ndarray) -> np.ndarray:
         """Sums of a cache's rows as sums of what was stored; in place."""
         if cache.dtype.names[0] in ROTATED:
-            rotate_rows(out, out, (0,) * (out.shape[-1] // LANES))
+            self._run(rotate_rows, out, out, (0,) * (out.shape[-1] // LANES))
         return out
 
     def attend(self, q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray, far: Far | None = None) -> np.ndarray:
@@ -262,30 +279,35 @@ class CpuOps(EvictionOps, SparseOps):
         self, name: str, q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray, far: Far | None, kept: np.ndarray
     ) -> np.ndarray:
         """Attention of a decode step in the buffer of that name; kept [B H_q, columns]: see `attention.attend`."""
-        d, q = q.shape[2], padded(q)
+        d, q = q.shape[2], self._padded(q)
         check_ranges(q, kv, first, stop)
         shape, queries, until = q.shape, q, first
         if far is not None:
-            far = Far(padded(far.q), far.stop)
+            far = Far(self._padded(far.q), far.stop)
             check_far(q, far, first)
-            queries, until = np.concatenate((q, far.q), axis=1), far.stop
+            queries, until = self._buffer("near and far", (shape[0], 2 * shape[1], shape[2])), far.stop
+            self._run(kernels.side_by_side, self._in_order(q), self._in_order(far.q), queries)
         group, n_vectors = shape[1] // kv.k.shape[1], shape[2] // LANES
         scored, summed = (_together(group, n_vectors, most) for most in (HELD_QUERIES, HELD_SUMS))
         out = self._buffer(name, shape)
-        queries = self._like("queries", kv.k, np.ascontiguousarray(queries, np.float32))
-        attention.attend(
-            self._crew.call(), queries, kv.k, kv.v, first, stop, until,
+        queries = self._like("queries", kv.k, self._in_order(queries))
+        self._run(
+            attention.attend, self._crew.call(), queries, kv.k, kv.v, first, stop, until,
             np.float32(1.0 / math.sqrt(d)), (0,) * n_vectors, (0,) * scored, (0,) * summed, out, kept,
         )  # fmt: skip
-        return without_padding(self._back(kv.v, out), d)
+        return self._without_padding(self._back(kv.v, out), d)
 
     def _norm_products(self, x: np.ndarray, norm: np.ndarray, eps: float, *matrices: PanelMatrix) -> _Work:
         """RMSNorm(x) times each matrix, side by side in the result's `out`."""
         check_float_rows(x, norm)
         w, crew = self._work(len(x), *matrices), self._crew.call()
         if len(x) <= FEW_ROWS:
-            kernels.norm_products(crew, x, norm, np.float32(eps), w.descriptors, w.step, w.normed, w.codes, w.out)
+            self._run(
+                kernels.norm_products,
+                crew, x, norm, np.float32(eps), w.descriptors, w.step, w.normed, w.codes, w.out,
+            )  # fmt: skip
         else:
+            self._not_recorded()
             many_norm_products(
                 crew, x, norm, np.float32(eps), w.descriptors, w.step, w.normed, w.packed, self._room, w.out
             )
@@ -296,8 +318,9 @@ class CpuOps(EvictionOps, SparseOps):
         check_float_rows(x, h)
         w, crew = self._work(len(h), matrix), self._crew.call()
         if len(h) <= FEW_ROWS:
-            kernels.add_product(crew, h, w.descriptors, w.step, w.codes, w.out, x)
+            self._run(kernels.add_product, crew, h, w.descriptors, w.step, w.codes, w.out, x)
         else:
+            self._not_recorded()
             many_add_product(crew, h, w.descriptors, w.step, w.packed, self._room, x)
 
     def _work(self, n: int, *matrices: PanelMatrix) -> _Work:
@@ -326,12 +349,57 @@ class CpuOps(EvictionOps, SparseOps):
             self._known[key] = work
         return work
 
+    def _run(self, kernel: Any, *args: Any) -> Any:
+        """A kernel call of a decode step."""
+        if self._tape is not None:
+            self._tape.note(kernel, args)
+        return kernel(*args)
+
+    def _not_recorded(self) -> None:
+        """What follows is computed otherwise than by `_run`."""
+        if self._tape is not None:
+            self._tape.whole = False
+
+    def _in_order(self, x: np.ndarray) -> np.ndarray:
+        """x as float32 in C order."""
+        y = np.ascontiguousarray(x, np.float32)
+        if y is not x:
+            self._not_recorded()
+        return y
+
+    def _padded(self, x: np.ndarray) -> np.ndarray:
+        if x.shape[-1] % LANES:
+            self._not_recorded()
+        return padded(x)
+
+    def _without_padding(self, x: np.ndarray, n: int) -> np.ndarray:
+        if x.shape[-1] != n:
+            self._not_recorded()
+        return without_padding(x, n)
+
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> np.ndarray:
         """Scratch of an op: the same memory at each call, unless more is asked for than before."""
         size = math.prod(shape)
         if name not in self._scratch or self._scratch[name].size < size:
             self._scratch[name] = zeros((size,), dtype)
         return self._scratch[name][:size].reshape(shape)
+
+
+class _Recorded:
+    """The ops as a step that is recorded sees them: a tape is not whole after an op that is not one of these."""
+
+    OPS = frozenset((
+        "qkv", "add_linear", "feed_forward", "append", "attend", "attend_weights", "overwrite", "evict", "merge",
+        "rotate", "angles", "append_index", "approximate_top_k", "exact_top_k", "attend_rows", "add_rows",
+    ))  # fmt: skip
+
+    def __init__(self, ops: CpuOps):
+        self._ops = ops
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.OPS:
+            self._ops._not_recorded()
+        return getattr(self._ops, name)
 
 
 @functools.cache

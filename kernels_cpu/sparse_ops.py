@@ -15,7 +15,7 @@ from minirt.stores import row_numbers
 from . import gathered, selection, sparse, token_index
 from .blocks import FORMATS
 from .ir_vectors import LANES
-from .shapes import check, check_rows_in_order, check_width, padded, whole_vectors, without_padding
+from .shapes import check, check_rows_in_order, check_width, whole_vectors
 
 if TYPE_CHECKING:
     from .crew import Crew
@@ -35,6 +35,10 @@ class SparseOps:
     _buffer: Any
     _like: Any
     _back: Any
+    _run: Any
+    _in_order: Any
+    _padded: Any
+    _without_padding: Any
 
     def append_index(
         self,
@@ -46,9 +50,9 @@ class SparseOps:
         v: np.ndarray,
     ) -> None:
         check_index(index, mean, seq, slot, k, v)
-        k, v = np.ascontiguousarray(k), np.ascontiguousarray(v)
+        k, v = self._in_order(k), self._in_order(v)
         mean = _NOTHING if mean is None else mean
-        token_index.append_index(self._crew.call(), _records(index), mean, seq, slot, k, v)
+        self._run(token_index.append_index, self._crew.call(), _records(index), mean, seq, slot, k, v)
 
     def mean_rows(self, v: np.ndarray, seq: int, n: int, mean: np.ndarray) -> None:
         check(v.shape[:2] == mean.shape[:2], "means", mean.shape, v.shape)
@@ -66,19 +70,19 @@ class SparseOps:
         check_choice(n_seq, blocks * tokens, stop, k, 0, local)
         heads = _together(q.shape[1] // n_head_kv, MOST_TOGETHER)
         out = self._chosen(q.shape[:2], n_head_kv, blocks * tokens, k)
-        q, records = np.ascontiguousarray(q), _records(index)
-        sparse.approximate_top_k(self._crew.call(), q, records, stop, r, local, sum_logits, heads, *out)
+        q, records = self._in_order(q), _records(index)
+        self._run(sparse.approximate_top_k, self._crew.call(), q, records, stop, r, local, sum_logits, heads, *out)
         return out[2], out[3]
 
     def exact_top_k(self, q: np.ndarray, kv: KV, stop: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        scale, q = np.float32(1.0 / math.sqrt(q.shape[2])), np.ascontiguousarray(padded(q))
+        scale, q = np.float32(1.0 / math.sqrt(q.shape[2])), self._in_order(self._padded(q))
         check_ranges(q, kv, stop, stop)
         n_seq, n_head_kv, slots, _ = kv.k.shape
         check_choice(n_seq, slots, stop, k)
         vectors, scored, _ = _held(q.shape[1] // n_head_kv, q.shape[2] // LANES)
         out = self._chosen(q.shape[:2], n_head_kv, whole_vectors(slots), k)
         q = self._like("queries", kv.k, q)
-        sparse.exact_top_k(self._crew.call(), q, kv.k, stop, scale, vectors, scored, *out)
+        self._run(sparse.exact_top_k, self._crew.call(), q, kv.k, stop, scale, vectors, scored, *out)
         return out[2], out[3]
 
     def _chosen(self, queries: tuple[int, ...], n_head_kv: int, slots: int, k: int) -> tuple[np.ndarray, ...]:
@@ -107,7 +111,7 @@ class SparseOps:
         weights: np.ndarray | None,
         mean: np.ndarray | None,
     ) -> np.ndarray:
-        d, q = q.shape[2], np.ascontiguousarray(padded(q))
+        d, q = q.shape[2], self._in_order(self._padded(q))
         check_ranges(q, kv, stop, stop)
         check_rows_in_order(rows, _INT32)
         check(rows.shape[:2] == kv.k.shape[:2], "rows", rows.shape, kv.k.shape)
@@ -120,10 +124,9 @@ class SparseOps:
         out = self._buffer("attended rows", q.shape)
         held = _held(q.shape[1] // kv.k.shape[1], q.shape[2] // LANES)
         scale, q = np.float32(1.0 / math.sqrt(d)), self._like("queries", kv.k, q)
-        _check_done(
-            gathered.attend_rows(self._crew.call(), q, kv.k, kv.v, rows, stop, scale, weights, mean, *held, out), kv
-        )
-        return without_padding(self._back(kv.v, out), d)
+        of = q, kv.k, kv.v, rows, stop, scale, weights, mean
+        _check_done(self._run(gathered.attend_rows, self._crew.call(), *of, *held, out), kv)
+        return self._without_padding(self._back(kv.v, out), d)
 
     def add_rows(self, kv: KV, rows: np.ndarray, stop: np.ndarray, weights: np.ndarray, d: int) -> np.ndarray:
         (n_seq, n_head), (n_head_kv, slots), width = weights.shape[:2], kv.v.shape[1:3], row_numbers(kv.v)
@@ -135,8 +138,9 @@ class SparseOps:
         check_choice(n_seq, slots, stop, rows.shape[2])
         out = self._buffer("added rows", (n_seq, n_head, width))
         vectors, _, summed = _held(n_head // n_head_kv, width // LANES)
-        _check_done(gathered.add_rows(self._crew.call(), kv.v, rows, stop, weights, vectors, summed, out), kv)
-        return without_padding(self._back(kv.v, out), d)
+        of = kv.v, rows, stop, weights, vectors, summed
+        _check_done(self._run(gathered.add_rows, self._crew.call(), *of, out), kv)
+        return self._without_padding(self._back(kv.v, out), d)
 
 
 def _check_done(done: bool, kv: KV) -> None:

@@ -11,14 +11,19 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 
+def without_owner(context: Any, b: ir.IRBuilder, kind: Any, array: Any) -> Any:
+    """The same array, whose references are not counted."""
+    a = context.make_array(kind)(context, b, array)
+    a.meminfo, a.parent = (cgutils.get_null_value(value.type) for value in (a.meminfo, a.parent))
+    return a._getvalue()
+
+
 @intrinsic
 def unowned(typingctx: Any, array: Any) -> Any:
     """The same array, whose references are not counted. The true one must live on: see `hold`."""
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        a = context.make_array(array)(context, b, args[0])
-        a.meminfo, a.parent = (cgutils.get_null_value(value.type) for value in (a.meminfo, a.parent))
-        return a._getvalue()
+        return without_owner(context, b, array, args[0])
 
     return array(array), codegen
 

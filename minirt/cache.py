@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -75,16 +76,32 @@ class Cache:
     limits: np.ndarray  # int32 [B, n_layer]: tokens that a layer keeps, where that is found out from the prompt; else 0
     rope: Rope | None = None  # of the model, for policies that turn queries to other positions
     pending: dict[int, Any] = field(default_factory=dict)  # of a policy, while a prompt is read: by layer
-    _made: tuple[bytes, Any] = (b"", None)  # the last answer of `once`
+    lasting: bool = True  # not made for one step
+    recorded: Any = None  # the decoder's, of the last step
+    _made: tuple[bytes, Any] = (b"", None)  # the last answer of `once` ...
+    _make: Callable[[], Any] | None = None  # ... and what gave it
     _turned: tuple[bytes, Any] = (b"", None)  # the last answer of `turns`: all layers of a step ask for the same
 
     def once(self, make: Callable[[], T]) -> T:
         """What `make` gives, made once for all layers of a step: it depends on the sequences' lengths alone."""
-        key = self.n_seen.tobytes() + self.pinned.tobytes() + self.limits.tobytes()
+        key = self._lengths()
         if self._made[0] != key:
-            self._made = key, make()
+            self._made, self._make = (key, make()), make
         made: T = self._made[1]
         return made
+
+    def renew(self) -> bool:
+        """What `once` gave in the step before, now for this one and in the same arrays; False if it is of another kind,
+        and a step so that does something else."""
+        if self._make is None:
+            return True
+        old, new = self._made[1], self._make()
+        same = _renew(old, new, {})
+        self._made = self._lengths(), old if same else new
+        return same
+
+    def _lengths(self) -> bytes:
+        return self.n_seen.tobytes() + self.pinned.tobytes() + self.limits.tobytes()
 
     def turns(self, ops: Ops, by: np.ndarray) -> Angles:
         """The angles that move rows by so many positions each."""
@@ -111,7 +128,7 @@ class Cache:
         hosts = (a[first:stop] for a in (self.n_seen, self.pinned, self.torn, self.limits))
         n_seen, pinned, torn, limits = hosts
         layers = [KV(k[first:stop], v[first:stop]) for k, v in self.layers]
-        return Cache(self.plan, layers, n_seen, side, pinned, torn, limits, self.rope)
+        return Cache(self.plan, layers, n_seen, side, pinned, torn, limits, self.rope, lasting=False)
 
     def move(self, source: int, target: int) -> None:
         """Copies one sequence over another, without touching memory that the first has not filled."""
@@ -128,6 +145,23 @@ class Cache:
                     array[target] = array[source]
         for host in (self.n_seen, self.pinned, self.torn, self.limits):
             host[target] = host[source]
+
+
+def _renew(old: Any, new: Any, seen: dict[int, Any]) -> bool:
+    """Copies the arrays in one value to those in another; False if the two differ in anything else. seen: by the
+    identity of a part of the old value, which may be there several times, the new one for it."""
+    if id(old) in seen:
+        return seen[id(old)] is new
+    if isinstance(old, (list, tuple)):
+        seen[id(old)] = new
+        return type(old) is type(new) and len(old) == len(new) and all(map(_renew, old, new, itertools.repeat(seen)))
+    if not hasattr(old, "shape"):
+        return type(old) is type(new) and bool(old == new)
+    seen[id(old)] = new
+    if not hasattr(new, "shape") or old.shape != new.shape or old.dtype != new.dtype:
+        return False
+    old[...] = new
+    return True
 
 
 def allocate_cache(

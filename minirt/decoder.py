@@ -6,6 +6,7 @@ Per layer: x += Wo . attention(RoPE(Wq n), RoPE(Wk n), Wv n), n = RMSNorm(x); th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,12 +15,21 @@ from .config import ModelConfig
 from .errors import ModelError
 from .ops import Array, Ops
 from .policies import Policy
-from .rope import make_rope
+from .rope import Angles, make_rope
 from .weights import Weights
 
 CHUNK = 512  # rows that go through a layer together: enough for matrix products to run at full speed
 
-Attention = Callable[[int, Array, Array, Array], Array]  # (layer, q, k, v) -> out [N, H_q, d]
+Attention = Callable[[Ops, int, Array, Array, Array], Array]  # (ops, layer, q, k, v) -> out [N, H_q, d]
+
+
+@dataclass(frozen=True)
+class RecordedStep:
+    """A decode step that can be made again: on another token at another position, in the same memory."""
+
+    x: Array  # embeddings at first, then the residual stream
+    angles: Angles
+    again: Callable[[], None]
 
 
 class Decoder:
@@ -47,8 +57,14 @@ class Decoder:
         start = int(cache.n_seen[seq])
         pos = np.arange(start, start + len(tokens), dtype=np.int32)
         cache.torn[seq] = True
-        x = self._layers(
-            tokens, pos, lambda layer, q, k, v: self.policy.prefill(self.ops, cache, layer, seq, q, k, v), progress
+        cache.recorded = None
+        x, angles = self._embed(tokens, pos)
+        self._layers(
+            self.ops,
+            x,
+            angles,
+            lambda ops, layer, q, k, v: self.policy.prefill(ops, cache, layer, seq, q, k, v),
+            progress,
         )
         self.policy.prefilled(self.ops, cache, seq)
         cache.n_seen[seq] += len(tokens)
@@ -60,39 +76,60 @@ class Decoder:
     def decode(self, cache: Cache, tokens: Sequence[int]) -> np.ndarray:
         """One step: a token for each of the cache's B sequences. Returns float32 logits [B, n_vocab]."""
         cache.torn[:] = True
-        x = self._layers(
-            tokens, cache.n_seen, lambda layer, q, k, v: self.policy.attend(self.ops, cache, layer, q, k, v)
-        )
+        x = self._step(cache, tokens)
         cache.n_seen += 1
         cache.torn[:] = False
         return self._logits(x)
 
     def rewind(self, cache: Cache, seq: int, n: int) -> int:
         """Forgets all but the first n tokens of a sequence; returns how many the policy could keep (n, or fewer)."""
+        if n != cache.n_seen[seq] or cache.torn[seq]:
+            cache.recorded = None
         return self.policy.rewind(self.ops, cache, seq, n)
+
+    def _step(self, cache: Cache, tokens: Sequence[int]) -> Array:
+        """The residual stream [B, n_embd] of a decode step."""
+        x, angles = self._embed(tokens, cache.n_seen)
+        step: RecordedStep | None = cache.recorded
+        if step is not None and cache.renew() and max(cache.n_seen.tolist()) < cache.plan.n_ctx:
+            step.x[...], step.angles.values[...] = x, angles.values
+            step.again()
+            return step.x
+
+        def attention(ops: Ops, layer: int, q: Array, k: Array, v: Array) -> Array:
+            return self.policy.attend(ops, cache, layer, q, k, v)
+
+        if not cache.lasting:
+            return self._layers(self.ops, x, angles, attention)
+        _, again = self.ops.record(lambda ops: self._layers(ops, x, angles, attention))
+        cache.recorded = None if again is None else RecordedStep(x, angles, again)
+        return x
+
+    def _embed(self, tokens: Sequence[int], pos: np.ndarray) -> tuple[Array, Angles]:
+        """Token ids [N] at true positions pos [N] -> residual stream [N, n_embd] and angles."""
+        return self.ops.embed(self.weights.token_embd, np.asarray(tokens, np.int32)), self.ops.angles(self.rope, pos)
 
     @np.errstate(over="ignore", invalid="ignore")  # damaged weights are reported once, by _logits
     def _layers(
         self,
-        tokens: Sequence[int],
-        pos: np.ndarray,
+        ops: Ops,
+        x: Array,
+        angles: Angles,
         attention: Attention,
         progress: Callable[[int, int], None] | None = None,
     ) -> Array:
-        """Token ids [N] at true positions pos [N] -> residual stream [N, n_embd] after the last layer.
+        """Takes the residual stream x [N, n_embd] through all layers, in place, and returns it.
 
         What a row costs in memory while it goes through a layer is bounded by going through it chunk by chunk; only
         attention sees all rows at once.
         """
-        c, ops = self.config, self.ops
-        n = len(tokens)
-        x = ops.embed(self.weights.token_embd, np.asarray(tokens, np.int32))
+        c, n = self.config, len(x)
         chunks = [slice(i, i + CHUNK) for i in range(0, n, CHUNK)]
-        angles = [ops.angles(self.rope, pos[chunk]) for chunk in chunks]
+        turns = [Angles(angles.values[:, chunk], angles.interleaved) for chunk in chunks]
         for layer, w in enumerate(self.weights.layers):
-            parts = [ops.qkv(x[chunk], w, c, a) for chunk, a in zip(chunks, angles, strict=True)]
+            parts = [ops.qkv(x[chunk], w, c, turn) for chunk, turn in zip(chunks, turns, strict=True)]
             q, k, v = parts[0] if len(parts) == 1 else (ops.concatenate(p) for p in zip(*parts, strict=True))
-            out = attention(layer, q, k, v).reshape(n, c.n_head * c.head_dim)
+            out = attention(ops, layer, q, k, v).reshape(n, c.n_head * c.head_dim)
             for chunk in chunks:
                 ops.add_linear(x[chunk], out[chunk], w.wo)
                 ops.feed_forward(x[chunk], w, c)

@@ -13,7 +13,7 @@ Every op validates shapes and indices before a kernel sees them and raises Value
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -73,6 +73,14 @@ class Ops(Protocol):
 
     def to_host(self, array: Array) -> np.ndarray:
         """The array as NumPy, after everything before it has run. A copy unless the device is the host."""
+
+    def record(self, step: Callable[[Ops], Array]) -> tuple[Array, Callable[[], None] | None]:
+        """Runs step(ops), which makes calls of these ops; returns its result, and what makes the calls again.
+
+        Again means: on the same arrays, whatever lies in them by then, and with the same other arguments; so what was
+        given to the step, and index arrays, are renewed in place. None instead if this device, or one of the calls,
+        cannot be recorded. A device records what its kernels do, not what the step does with arrays beside them.
+        """
 
     # -- rows: x is the residual stream [N, n_embd] --------------------------------------------------------------------
     def embed(self, table: Matrix, tokens: IntArray) -> Array:

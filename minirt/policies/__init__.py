@@ -56,7 +56,11 @@ class Policy(Protocol):
         """After `prefill` of all layers."""
 
     def attend(self, ops: Ops, cache: Cache, layer: int, q: Array, k: Array, v: Array) -> Array:
-        """One decode step, a token per sequence: q [B, H_q, d], k and v [B, H_kv, d]; returns [B, H_q, d]."""
+        """One decode step, a token per sequence: q [B, H_q, d], k and v [B, H_kv, d]; returns [B, H_q, d].
+
+        It calls ops with arrays of the cache and of other ops. What changes from step to step comes from one call of
+        `cache.once`, so that the calls may be recorded, and made again in the next step without a call of `attend`.
+        """
 
     def rewind(self, ops: Ops, cache: Cache, seq: int, n: int) -> int:
         """Forgets all but the first n tokens of a sequence; returns how many it could keep (n, or fewer)."""

@@ -86,10 +86,10 @@ class SparQ(BasePolicy):
         return ops.attend_chunk(q, cache.layers[layer], seq, start)
 
     def attend(self, ops: Ops, cache: Cache, layer: int, q: Array, k: Array, v: Array) -> Array:
-        every, first, stop = cache.once(lambda: every_token(cache))
+        every, first, stop, few = cache.once(lambda: every_token(cache, self.k))
         kv = cache.layers[layer]
         self._append(ops, cache, layer, every, cache.n_seen, k, v)
-        if max(stop.tolist()) <= self.k:
+        if few:
             return ops.attend(q, kv, first, stop)
         index, sum_logits = cache.side["index"][layer], self.gqa == "sum-logit"
         rows, weights = ops.approximate_top_k(q, index, stop, self.r, self.k, self.newest, sum_logits)
@@ -120,10 +120,10 @@ def check_k(k: int, n_ctx: int) -> None:
         raise UsageError(f"--k {k} is out of range (1 to {n_ctx}, the context)")
 
 
-def every_token(cache: Cache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The sequences, and where each begins and ends with the token of this step."""
+def every_token(cache: Cache, k: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, bool]:
+    """The sequences, where each begins and ends with the token of this step, and whether none has more than k."""
     stop = cache.n_seen + np.int32(1)
-    return np.arange(len(stop), dtype=np.int32), np.zeros_like(stop), stop
+    return np.arange(len(stop), dtype=np.int32), np.zeros_like(stop), stop, max(stop.tolist()) <= k
 
 
 def _mean(cache: Cache, layer: int) -> Array | None:

@@ -33,10 +33,10 @@ class TopK(Dense):
         return dataclasses.replace(self, k=4)
 
     def attend(self, ops: Ops, cache: Cache, layer: int, q: Array, k: Array, v: Array) -> Array:
-        every, first, stop = cache.once(lambda: every_token(cache))
+        every, first, stop, few = cache.once(lambda: every_token(cache, self.k))
         kv = cache.layers[layer]
         ops.append(kv, every, cache.n_seen, k, v)
-        if max(stop.tolist()) <= self.k:
+        if few:
             return ops.attend(q, kv, first, stop)
         rows, weights = ops.exact_top_k(q, kv, stop, self.k)
         return ops.add_rows(kv, rows, stop, weights, cache.plan.head_dim)

@@ -44,6 +44,7 @@ class _Step(NamedTuple):
     stop: np.ndarray
     far: np.ndarray | None  # first tokens that are out of the window, if any are
     turns: Angles | None  # of the queries that these are attended with
+    key_turns: list[Angles | None]  # of the keys in `begin`
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ class Window(BoundedPolicy):
         """Where queries at positions pos stand for sinks outside the window: `pos` itself, or a smaller one."""
         return pos
 
-    def sink_keys(self, ops: Ops, cache: Cache, k: Array, pos: np.ndarray) -> Array:
-        """What is stored as the key of a sink."""
-        return k
+    def sink_turns(self, ops: Ops, cache: Cache, pos: np.ndarray) -> Angles | None:
+        """By how much keys at positions pos are turned to be those of sinks; None: not at all."""
+        return None
 
     def plan(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> CachePlan:
         kept = self.kept(config, n_ctx, k_store, v_store)
@@ -74,7 +75,8 @@ class Window(BoundedPolicy):
         pos = np.arange(n, n + t, dtype=np.int32)
         if n < sinks:
             m = min(sinks - n, t)
-            ops.append(kv, np.zeros(m, np.int32), pos[:m], self.sink_keys(ops, cache, k[:m], pos[:m]), v[:m])
+            keys = _turned(ops, k[:m], self.sink_turns(ops, cache, pos[:m]))
+            ops.append(kv, np.zeros(m, np.int32), pos[:m], keys, v[:m])
         if n + t <= length:
             ops.append(ring, np.zeros(t, np.int32), pos, k, v)
             return ops.attend_chunk(q, ring, 0, n)
@@ -100,12 +102,10 @@ class Window(BoundedPolicy):
     def attend(self, ops: Ops, cache: Cache, layer: int, q: Array, k: Array, v: Array) -> Array:
         kv, pos, step = cache.layers[layer], cache.n_seen, cache.once(lambda: self._step(ops, cache))
         ops.append(kv, step.every, step.slot, k, v)
-        for b in step.begin:
-            key = self.sink_keys(ops, cache, k[b : b + 1], pos[b : b + 1])
+        for b, turns in zip(step.begin, step.key_turns, strict=True):
+            key = _turned(ops, k[b : b + 1], turns)
             ops.append(kv, step.every[b : b + 1], pos[b : b + 1], key, v[b : b + 1])
-        far = None
-        if step.far is not None:
-            far = Far(q if step.turns is None else ops.rotate(q, step.turns), step.far)
+        far = None if step.far is None else Far(_turned(ops, q, step.turns), step.far)
         return ops.attend(q, kv, step.sinks, step.stop, far)
 
     def _step(self, ops: Ops, cache: Cache) -> _Step:
@@ -116,8 +116,9 @@ class Window(BoundedPolicy):
         far = np.clip(pos + np.int32(1) - length, 0, sinks)
         back = self.far_position(pos, sinks, length) - pos
         turns = cache.turns(ops, back) if back.any() else None
+        key_turns = [self.sink_turns(ops, cache, pos[b : b + 1]) for b in begin]
         stop = sinks + np.minimum(pos + np.int32(1), length)
-        return _Step(every, sinks + pos % length, begin, sinks, stop, far if far.any() else None, turns)
+        return _Step(every, sinks + pos % length, begin, sinks, stop, far if far.any() else None, turns, key_turns)
 
     def _layout(self, cache: Cache, seq: int) -> tuple[int, int]:
         """(slots for sinks, slots of the ring) of a sequence; what is pinned are sinks."""
@@ -137,6 +138,10 @@ class Window(BoundedPolicy):
 
     def bytes_read(self, config: ModelConfig, plan: CachePlan, n: int) -> int:
         return config.n_layer * plan.row_bytes(config) * min(n, plan.slots[0])
+
+
+def _turned(ops: Ops, x: Array, turns: Angles | None) -> Array:
+    return x if turns is None else ops.rotate(x, turns)
 
 
 @dataclass(frozen=True)
@@ -197,5 +202,5 @@ class LMInfinite(_WithSinks):
     def far_position(self, pos: np.ndarray, sinks: np.ndarray, length: np.ndarray) -> np.ndarray:
         return np.minimum(pos, length if self.limit is None else self.limit)
 
-    def sink_keys(self, ops: Ops, cache: Cache, k: Array, pos: np.ndarray) -> Array:
-        return ops.rotate(k, cache.turns(ops, -pos))
+    def sink_turns(self, ops: Ops, cache: Cache, pos: np.ndarray) -> Angles | None:
+        return cache.turns(ops, -pos)

@@ -6,6 +6,7 @@ reads few of them in `sparse`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import numpy as np
 from ..checks import check_feed_forward, check_product, check_qkv, check_tokens
 from ..dequantize import dequantize
 from ..gguf_file import Tensor
+from ..ops import Ops
 from ..rope import Angles, Rope
 from .attention import AttentionOps, turn
 from .eviction import EvictionOps
@@ -50,6 +52,9 @@ class ReferenceOps(AttentionOps, EvictionOps, SparseOps):
 
     def to_host(self, array: np.ndarray) -> np.ndarray:
         return array
+
+    def record(self, step: Callable[[Ops], np.ndarray]) -> tuple[np.ndarray, None]:
+        return step(self), None
 
     def embed(self, table: DenseMatrix, tokens: np.ndarray) -> np.ndarray:
         check_tokens(tokens, table.shape[0])

@@ -1,0 +1,174 @@
+"""Decode steps that are recorded and made again: the same numbers as steps made call by call, under every policy."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from golden import MODELS, make_model
+from test_policies import POLICY_TABLE
+
+from kernels_cpu import CpuOps, tape
+from kernels_cpu.compiled import kernel
+from kernels_cpu.crew import AWAKE, Crew, share_long
+from minirt import Llama
+
+N_CTX = 96
+NAMES = ["llama-gqa3-d64-tied", "llama-gqa4-d80", "llama-gqa8-d128", "qwen2-gqa3-d128", "qwen3-gqa1-d80"]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    for name in NAMES:
+        make_model(folder / f"{name}.gguf", **MODELS[name])
+    return {name: folder / f"{name}.gguf" for name in NAMES}
+
+
+@pytest.fixture
+def records(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each step that was made call by call: whether it was recorded."""
+    seen: list[bool] = []
+    record = CpuOps.record
+
+    def noted(self: CpuOps, step: Any) -> Any:
+        result = record(self, step)
+        seen.append(result[1] is not None)
+        return result
+
+    monkeypatch.setattr(CpuOps, "record", noted)
+    return seen
+
+
+def load(path: Path, **options: Any) -> Llama:
+    return Llama.load(path, n_ctx=N_CTX, device="cpu", threads=2, **options)
+
+
+def script(llama: Llama, seed: int = 0) -> Iterator[np.ndarray]:
+    """The logits of steps after prompts of several lengths, with a rewind between them."""
+    tokens = np.random.default_rng(seed).integers(0, llama.config.n_vocab, 200).tolist()
+    session = llama.session
+    for prompt, steps in ((1, 40), (30, 20), (10, 30)):
+        session.reset()
+        yield session.feed(tokens[:prompt])
+        for token in tokens[prompt : prompt + steps]:
+            yield session.step(token)
+
+
+def call_by_call(self: CpuOps, step: Callable[[Any], Any]) -> tuple[Any, None]:
+    return step(self), None
+
+
+@pytest.mark.parametrize("kv", ["f16", "q8_0/q4_0"])
+@pytest.mark.parametrize("policy", POLICY_TABLE)
+def test_a_recorded_step_gives_the_same_logits(
+    policy: str, kv: str, paths: dict[str, Path], records: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = load(paths[NAMES[0]], policy=policy, kv=kv)
+    recorded = list(script(llama))
+    assert all(records)
+    assert len(records) < 25, "of 90 steps, those after a prompt and where a layer begins to do something else"
+    monkeypatch.setattr(CpuOps, "record", call_by_call)
+    assert np.array_equal(recorded, list(script(llama)))
+
+
+@pytest.mark.parametrize("name", NAMES[1:])
+def test_of_other_models(
+    name: str, paths: dict[str, Path], records: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = load(paths[name])
+    recorded = list(script(llama))
+    assert len(records) < 15
+    monkeypatch.setattr(CpuOps, "record", call_by_call)
+    assert np.array_equal(recorded, list(script(llama)))
+
+
+def test_heads_of_no_whole_vectors_are_not_recorded(tmp_path: Path, records: list[bool]) -> None:
+    shape: dict[str, Any] = {"n_embd": 80, "n_head": 4, "n_head_kv": 2, "head_dim": 20, "n_ff": 96, "n_vocab": 320}
+    shape |= {"n_layer": 2, "n_ctx": 512}
+    make_model(tmp_path / "m.gguf", **shape)
+    llama = load(tmp_path / "m.gguf")
+    assert len(list(script(llama))) == 93
+    assert records
+    assert not any(records)
+
+
+def test_two_caches_of_one_decoder(paths: dict[str, Path]) -> None:
+    """They share the scratch of the ops."""
+    llama = load(paths[NAMES[0]])
+    decoder, tokens = llama.decoder, list(range(20, 40))
+    alone = []
+    for start in (0, 10):
+        cache = decoder.new_cache(llama.session.cache.plan)
+        decoder.prefill(cache, tokens[start : start + 5])
+        alone.append([decoder.decode(cache, [t])[0] for t in tokens[start + 5 : start + 10]])
+    caches = [decoder.new_cache(llama.session.cache.plan) for _ in range(2)]
+    for cache, start in zip(caches, (0, 10), strict=True):
+        decoder.prefill(cache, tokens[start : start + 5])
+    for i in range(5):
+        for which, (cache, start) in enumerate(zip(caches, (0, 10), strict=True)):
+            if i == 3:
+                decoder.prefill(decoder.new_cache(llama.session.cache.plan), tokens * 4)  # takes more scratch
+            assert np.array_equal(decoder.decode(cache, [tokens[start + 5 + i]])[0], alone[which][i])
+
+
+def test_a_full_cache_is_an_error(paths: dict[str, Path]) -> None:
+    llama = load(paths[NAMES[0]])
+    decoder, cache = llama.decoder, llama.session.cache
+    decoder.prefill(cache, [1] * (N_CTX - 3))
+    for _ in range(3):
+        decoder.decode(cache, [2])
+    with pytest.raises(ValueError, match="slots"):
+        decoder.decode(cache, [2])
+
+
+def test_a_call_that_refuses_is_an_error(paths: dict[str, Path]) -> None:
+    """Slots that the device chose are looked at by the kernel alone."""
+    llama = load(paths[NAMES[0]], policy="tova:budget=16")
+    llama.session.feed([1, 2, 3])
+    for token in range(20):
+        llama.session.step(token)
+    llama.session.cache.side["free"][1][:] = 17
+    with pytest.raises(RuntimeError, match="failed"):
+        llama.session.step(4)
+    llama.session.reset()
+    llama.session.feed([1, 2, 3])
+    llama.session.step(4)
+
+
+def test_each_kernel_is_prepared_by_its_own_function() -> None:
+    assert all(prepare.py_func.__name__ == f"_{k.py_func.__name__}" for k, prepare in tape._PREPARE.items())
+
+
+@kernel
+def _meet(met, looks, task, thread):  # type: ignore[no-untyped-def]
+    met[8 * thread] = 1
+    for _ in range(looks):
+        if met[0] + met[8] == 2:
+            break
+        met[16 + 8 * thread] += 1
+
+
+@kernel
+def meet(crew, met, looks):  # type: ignore[no-untyped-def]
+    share_long(crew, 2, _meet, (met, looks))
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="nobody to meet")
+def test_nobody_sleeps_while_calls_are_played() -> None:
+    """A worker that finds nothing to do for a while is there when the next call comes; nothing else would wake it."""
+    crew, met, deadline = Crew(2), np.zeros(32, np.int64), time.monotonic() + 60
+
+    def calls() -> None:
+        time.sleep(20 * AWAKE)
+        meet(crew.state, met, 10_000_000)
+
+    while met[:16].sum() < 2 and time.monotonic() < deadline:  # the other core may be busy
+        met[:] = 0
+        crew.play(calls)
+    assert met[:16].sum() == 2
