@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -126,3 +127,17 @@ Session.feed = lambda self, tokens, progress=None: without_end(feed(self, tokens
 Session.step = slow_step
 main(prog_name="minirt")
 """
+
+
+@pytest.fixture
+def words() -> str:
+    """Words of four characters and a space, each one different: 5 characters a word."""
+    return " ".join(f"{i:04x}" for i in range(6000))
+
+
+def squad(*questions: dict[str, Any], title: str = "A_title") -> dict[str, Any]:
+    return {"data": [{"title": title, "paragraphs": [{"context": "A context.", "qas": list(questions)}]}]}
+
+
+def asked(number: int = 0, *answers: str, **more: Any) -> dict[str, Any]:
+    return {"id": f"id{number}", "question": f"What {number}?", "answers": [{"text": a} for a in answers], **more}
