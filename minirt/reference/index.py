@@ -50,4 +50,5 @@ def decode(words: np.ndarray, scales: np.ndarray) -> np.ndarray:
     runs = words.reshape(*words.shape[:-1], -1, 1, WORDS)
     c = (runs >> 4 * np.arange(PARTS, dtype=np.uint32)[:, None] & 15).reshape(*scales.shape[:-1], CODED_UNIT)
     scale, least = (scales[..., i, None].astype(np.float32) for i in range(2))
-    return (least + scale * c.astype(np.float32)).reshape(*words.shape[:-1], -1)
+    with np.errstate(invalid="ignore"):
+        return (least + scale * c.astype(np.float32)).reshape(*words.shape[:-1], -1)
