@@ -12,7 +12,7 @@ from minirt.checks import check_choice, check_components, check_index, check_ran
 from minirt.ops import KV, CodedIndex
 from minirt.stores import row_numbers
 
-from . import coded_index, gathered, selection, sparse, token_index
+from . import coded_index, coded_search, gathered, selection, sparse, token_index
 from .blocks import FORMATS
 from .ir_vectors import LANES
 from .rotation import ROTATED
@@ -82,7 +82,7 @@ class SparseOps:
             arrays, rotated, vectors = _coded(index, q.shape[2])
             _, scored, _ = _held(q.shape[1] // n_head_kv, len(vectors))
             how = (r, local, sum_logits, rotated, heads, vectors, scored)
-            coded_index.approximate_top_k(self._crew.call(), q, *arrays, stop, *how, *out)
+            coded_search.approximate_top_k(self._crew.call(), q, *arrays, stop, *how, *out)
         else:
             sparse.approximate_top_k(self._crew.call(), q, _records(index), stop, r, local, sum_logits, heads, *out)
         return out[2], out[3]

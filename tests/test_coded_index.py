@@ -142,6 +142,22 @@ def test_probabilities_and_the_best(ops: Any, store: str, n_head: int, n_head_kv
             assert_best(rows[seq, :, :m], weights[seq, :, :m], p, n, min(10, m), sum_logits)
 
 
+def test_blocks_of_any_size(ops: Any) -> None:
+    """Parts of the text begin and end anywhere in them."""
+    n, found = 9000, []
+    for tokens in (9216, 512, 1536, 3072):
+        kv, index = empty(ops, "f16", 1, 2, n, 64, tokens)
+        append(ops, kv, index, 0, 0, keys(n, 2, 64))
+        q, stop = normal(1, 6, 64), int32(n)
+        found.append([a.copy() for a in ops.approximate_top_k(q, index, stop, 7, n, 9, False)])
+    truth, theirs = empty(TRUTH, "f16", 1, 2, n, 64)
+    append(TRUTH, truth, theirs, 0, 0, keys(n, 2, 64))
+    assert_close(found[0][1], TRUTH.approximate_top_k(q, theirs, stop, 7, n, 9, False)[1], 1e-5)
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert np.array_equal(a, b)
+
+
 def test_a_short_run_of_slots(ops: Any) -> None:
     """A cache of one unit, filled: nothing is written behind it."""
     kv, index = empty(ops, "f16", 1, 1, CODED_UNIT, 64, tokens=512)
