@@ -105,7 +105,7 @@ def add_runs(
 
 
 @kernel
-def _part_tokens(stop, heads):  # type: ignore[no-untyped-def]
+def part_tokens(stop, heads):  # type: ignore[no-untyped-def]
     """Tokens in a part, a multiple of TILE; and the parts of the longest sequence."""
     total, longest = 0, 0
     for n in stop:
@@ -115,14 +115,14 @@ def _part_tokens(stop, heads):  # type: ignore[no-untyped-def]
 
 
 @kernel
-def _part(task, tokens, most, heads, stop):  # type: ignore[no-untyped-def]
+def part(task, tokens, most, heads, stop):  # type: ignore[no-untyped-def]
     """Sequence, KV head, first token and the one after the last (not above the first if there is none)."""
     b, begin = task // (most * heads), task % most * tokens
     return b, task // most % heads, begin, min(begin + tokens, np.int64(stop[b]))
 
 
 @kernel
-def _parts_of_heads(stop, tokens, heads):  # type: ignore[no-untyped-def]
+def parts_of_heads(stop, tokens, heads):  # type: ignore[no-untyped-def]
     found = np.empty(len(stop) * heads, np.int64)
     for i in range(len(found)):
         found[i] = (stop[i // heads] + tokens - 1) // tokens
@@ -141,7 +141,7 @@ def count_down(typingctx: Any, where: Any) -> Any:
 
 
 @kernel
-def _finish_part(  # type: ignore[no-untyped-def]
+def finish_part(  # type: ignore[no-untyped-def]
     b, h, begin, end, stop, tokens, most, task, logits, largest, total, unfinished, ranks, mode, local, rows, weights
 ):
     """Logits [B, H_q, slots] of a part become exponentials; those of a KV head, when all are there, a choice."""
@@ -203,7 +203,7 @@ def _choose_rows(n, own, own_bytes, tokens, factors, ranks, mode, local, rows, w
 
 
 @kernel
-def _choose_components(q, r, run_bytes, offsets, factors, task):  # type: ignore[no-untyped-def]
+def choose_components(q, r, run_bytes, offsets, factors, task):  # type: ignore[no-untyped-def]
     """For a KV head: the r components of largest sum |q|, and the queries' there, divided by tau."""
     heads, (_, d, group) = len(factors) // len(q), factors.shape
     b, first = task // heads, task % heads * group
@@ -231,7 +231,7 @@ def _choose_components(q, r, run_bytes, offsets, factors, task):  # type: ignore
 @kernel
 def _score_few(index, stop, tokens, most, r, offsets, factors, heads, logits, of, task):  # type: ignore[no-untyped-def]
     group, n_head_kv, block = factors.shape[2], index.shape[1], index.shape[4]
-    b, h, begin, end = _part(task, tokens, most, n_head_kv, stop)
+    b, h, begin, end = part(task, tokens, most, n_head_kv, stop)
     if begin >= end:
         return
     kv_head = b * n_head_kv + h
@@ -245,7 +245,7 @@ def _score_few(index, stop, tokens, most, r, offsets, factors, heads, logits, of
         for g in range(0, group, len(heads)):
             to, n = own + g * logits.strides[1] + 4 * tile, min(TILE, end - tile)
             add_runs(index, where, ahead, chosen, by + 4 * g, group, r, n, to, logits.strides[1], heads)
-    _finish_part(b, h, begin, end, stop, tokens, most, task, logits, *of)
+    finish_part(b, h, begin, end, stop, tokens, most, task, logits, *of)
 
 
 @kernel
@@ -258,11 +258,11 @@ def approximate_top_k(crew, q, index, stop, r, local, sum_logits, heads, logits,
     group, r = q.shape[1] // n_head_kv, min(r, d)
     offsets, factors = np.empty((n_seq * n_head_kv, d), np.int64), np.empty((n_seq * n_head_kv, d, group), np.float32)
     chosen = (unowned(offsets), unowned(factors))
-    share(crew, n_seq * n_head_kv, _choose_components, (unowned(q), r, index.strides[3], *chosen))
-    tokens, most = _part_tokens(stop, n_head_kv)
+    share(crew, n_seq * n_head_kv, choose_components, (unowned(q), r, index.strides[3], *chosen))
+    tokens, most = part_tokens(stop, n_head_kv)
     tasks = n_seq * n_head_kv * most
     largest, total = np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
-    unfinished, mode = _parts_of_heads(stop, tokens, n_head_kv), OF_LOGITS if sum_logits else OF_PROBABILITIES
+    unfinished, mode = parts_of_heads(stop, tokens, n_head_kv), OF_LOGITS if sum_logits else OF_PROBABILITIES
     of = (unowned(largest), unowned(total), unowned(unfinished), unowned(ranks), mode)
     of_head = (*of, local, unowned(rows), unowned(weights))
     args = (unowned(index), unowned(stop), tokens, most, r, *chosen, heads, unowned(logits))
@@ -276,14 +276,14 @@ def approximate_top_k(crew, q, index, stop, r, local, sum_logits, heads, logits,
 @kernel
 def _score_all(q, k, stop, scale, tokens, most, vectors, heads, logits, of, task):  # type: ignore[no-untyped-def]
     n_head_kv, group = k.shape[1], q.shape[1] // k.shape[1]
-    b, h, begin, end = _part(task, tokens, most, n_head_kv, stop)
+    b, h, begin, end = part(task, tokens, most, n_head_kv, stop)
     if begin >= end:
         return
     for first in range(begin, end, ROWS):
         to, n = logits[b, :, first:], min(ROWS, end - first)
         for g in range(h * group, (h + 1) * group, len(heads)):
             score_rows(k, b, h, first, n, q, g, scale, to, g, vectors, heads)
-    _finish_part(b, h, begin, end, stop, tokens, most, task, logits, *of)
+    finish_part(b, h, begin, end, stop, tokens, most, task, logits, *of)
 
 
 @kernel
@@ -293,10 +293,10 @@ def exact_top_k(crew, q, k, stop, scale, vectors, heads, logits, ranks, rows, we
     logits and ranks have the slots of k, rounded up to 16; vectors, heads: see tiles.score_rows.
     """
     n_seq, n_head_kv, group = k.shape[0], k.shape[1], q.shape[1] // k.shape[1]
-    tokens, most = _part_tokens(stop, n_head_kv)
+    tokens, most = part_tokens(stop, n_head_kv)
     tasks = n_seq * n_head_kv * most
     largest, total = np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
-    unfinished = _parts_of_heads(stop, tokens, n_head_kv)
+    unfinished = parts_of_heads(stop, tokens, n_head_kv)
     of = (unowned(largest), unowned(total), unowned(unfinished), unowned(ranks), OF_PROBABILITIES)
     of_head = (*of, 0, unowned(rows), unowned(weights))
     args = (unowned(q), unowned(k), unowned(stop), scale, tokens, most, vectors, heads, unowned(logits))

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minirt.checks import check_choice, check_components, check_index, check_ranges, check_rows
-from minirt.ops import KV
+from minirt.checks import check_choice, check_components, check_index, check_ranges, check_rows, index_slots
+from minirt.ops import KV, CodedIndex
 from minirt.stores import row_numbers
 
-from . import gathered, selection, sparse, token_index
+from . import coded_index, coded_search, gathered, selection, sparse, token_index
 from .blocks import FORMATS
 from .ir_vectors import LANES
+from .rotation import ROTATED
 from .shapes import check, check_rows_in_order, check_width, whole_vectors
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ HELD_QUERIES, HELD_SUMS = 32, 16  # vectors of a few heads at hand while rows pa
 MOST_TOGETHER = 8  # query heads that see a number of the index when it is read
 
 _RECORDS = {np.dtype(np.float32): FORMATS["F32"].dtype, np.dtype(np.float16): FORMATS["F16"].dtype}
-_INT32 = np.dtype(np.int32)
+_INT32, _FLOAT16 = np.dtype(np.int32), np.dtype(np.float16)
 _NOTHING = np.empty((0, 0, 0), np.float32)
 
 
@@ -42,7 +43,7 @@ class SparseOps:
 
     def append_index(
         self,
-        index: np.ndarray,
+        index: np.ndarray | CodedIndex,
         mean: np.ndarray | None,
         seq: np.ndarray,
         slot: np.ndarray,
@@ -52,6 +53,11 @@ class SparseOps:
         check_index(index, mean, seq, slot, k, v)
         k, v = self._in_order(k), self._in_order(v)
         mean = _NOTHING if mean is None else mean
+        if isinstance(index, CodedIndex):
+            arrays, rotated, vectors = _coded(index, k.shape[2])
+            of = *arrays, mean, seq, slot, v, rotated, vectors
+            self._run(coded_index.append_codes, self._crew.call(), *of)
+            return
         self._run(token_index.append_index, self._crew.call(), _records(index), mean, seq, slot, k, v)
 
     def mean_rows(self, v: np.ndarray, seq: int, n: int, mean: np.ndarray) -> None:
@@ -63,15 +69,28 @@ class SparseOps:
         self._back(v, mean[seq])
 
     def approximate_top_k(
-        self, q: np.ndarray, index: np.ndarray, stop: np.ndarray, r: int, k: int, local: int, sum_logits: bool
+        self,
+        q: np.ndarray,
+        index: np.ndarray | CodedIndex,
+        stop: np.ndarray,
+        r: int,
+        k: int,
+        local: int,
+        sum_logits: bool,
     ) -> tuple[np.ndarray, np.ndarray]:
         check_components(q, index, r)
-        n_seq, n_head_kv, blocks, _, tokens = index.shape
-        check_choice(n_seq, blocks * tokens, stop, k, 0, local)
+        check_choice(len(q), slots := index_slots(index), stop, k, 0, local)
+        n_head_kv = (index.codes if isinstance(index, CodedIndex) else index).shape[1]
         heads = _together(q.shape[1] // n_head_kv, MOST_TOGETHER)
-        out = self._chosen(q.shape[:2], n_head_kv, blocks * tokens, k)
-        q, records = self._in_order(q), _records(index)
-        self._run(sparse.approximate_top_k, self._crew.call(), q, records, stop, r, local, sum_logits, heads, *out)
+        out, q = self._chosen(q.shape[:2], n_head_kv, whole_vectors(slots), k), self._in_order(q)
+        how: tuple[Any, ...] = (r, local, sum_logits)
+        if isinstance(index, CodedIndex):
+            arrays, rotated, vectors = _coded(index, q.shape[2])
+            _, scored, _ = _held(q.shape[1] // n_head_kv, len(vectors))
+            how = (*how, rotated, heads, vectors, scored)
+            self._run(coded_search.approximate_top_k, self._crew.call(), q, *arrays, stop, *how, *out)
+        else:
+            self._run(sparse.approximate_top_k, self._crew.call(), q, _records(index), stop, *how, heads, *out)
         return out[2], out[3]
 
     def exact_top_k(self, q: np.ndarray, kv: KV, stop: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -153,6 +172,16 @@ def _records(index: np.ndarray) -> np.ndarray:
     if index.dtype not in _RECORDS or not index.flags.c_contiguous:
         raise ValueError(f"an index of {index.dtype} with strides {index.strides} is not float32 or float16 in C order")
     return index.view(_RECORDS[index.dtype])
+
+
+def _coded(index: CodedIndex, d: int) -> tuple[tuple[np.ndarray, ...], bool, tuple[int, ...]]:
+    """Codes, scales and keys as kernels take them; whether those are rotated, and a tuple as long as their vectors."""
+    codes, scales, k = index
+    check_width(k, d)
+    check_rows_in_order(scales, _FLOAT16)
+    if codes.dtype != np.uint32 or not (codes.flags.c_contiguous and scales.flags.c_contiguous):
+        raise ValueError(f"an index of {codes.dtype} with strides {codes.strides} is not uint32 in C order")
+    return (codes, scales.view(np.uint16), k), k.dtype.names[0] in ROTATED, (0,) * (whole_vectors(d) // LANES)
 
 
 def _check_weights(weights: np.ndarray, heads: tuple[int, ...], rows: np.ndarray) -> None:

@@ -14,7 +14,19 @@ from numba import types
 from numba.core import cgutils, errors
 from numba.extending import intrinsic
 
-from . import attention, eviction, gathered, kernels, merging, probabilities, rotation, sparse, token_index
+from . import (
+    attention,
+    coded_index,
+    coded_search,
+    eviction,
+    gathered,
+    kernels,
+    merging,
+    probabilities,
+    rotation,
+    sparse,
+    token_index,
+)
 from .compiled import kernel
 from .ir_vectors import I64
 from .unowned import without_owner
@@ -137,6 +149,16 @@ def _approximate_top_k(place, *args):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _append_codes(place, *args):  # type: ignore[no-untyped-def]
+    return _prepare(coded_index.append_codes, args, place)
+
+
+@kernel
+def _approximate_top_k_of_codes(place, *args):  # type: ignore[no-untyped-def]
+    return _prepare(coded_search.approximate_top_k, args, place)
+
+
+@kernel
 def _exact_top_k(place, *args):  # type: ignore[no-untyped-def]
     return _prepare(sparse.exact_top_k, args, place)
 
@@ -183,6 +205,8 @@ _PREPARE = {
     rotation.rotate_rows: _rotate_rows,
     token_index.append_index: _append_index,
     sparse.approximate_top_k: _approximate_top_k,
+    coded_index.append_codes: _append_codes,
+    coded_search.approximate_top_k: _approximate_top_k_of_codes,
     sparse.exact_top_k: _exact_top_k,
     gathered.attend_rows: _attend_rows,
     gathered.add_rows: _add_rows,

@@ -45,6 +45,12 @@ def _append_head(index, mean, seq, slot, k, v, h):  # type: ignore[no-untyped-de
         for j in range(k.shape[2]):
             for i in range(n):
                 put_number(index, places[i] + j * run_bytes, k[first + i, h, j])
+    add_to_mean(mean, seq, slot, v, h)
+
+
+@kernel
+def add_to_mean(mean, seq, slot, v, h):  # type: ignore[no-untyped-def]
+    """The means of a head [B, H_kv, d] take up its rows of v, one after the other; or there are none."""
     for i in range(len(seq) if len(mean) else 0):
         b, n = seq[i], np.float32(slot[i] + 1)
         for j in range(v.shape[2]):

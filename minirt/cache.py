@@ -119,7 +119,7 @@ class Cache:
         for arrays in self.plan.side.values():
             for array in arrays:
                 blocks = array.shape[1] if array.block else 1
-                total += array.nbytes // blocks * (-(-n // array.block) if array.block else 1)
+                total += array.nbytes // blocks * (min(blocks, -(-n // array.block)) if array.block else 1)
         return total
 
     def part(self, first: int, stop: int) -> Cache:

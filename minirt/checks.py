@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .config import ModelConfig
-from .ops import INDEX_UNIT, KV, Far
+from .ops import CODED_UNIT, INDEX_UNIT, KV, CodedIndex, Far
 from .rope import Angles
 from .stores import row_numbers
 
@@ -186,23 +186,47 @@ def check_choice(n_seq: int, slots: int, stop: np.ndarray, k: int, head: int = 0
         raise ValueError(f"the first {head} and the last {tail} do not fit into the {k} best")
 
 
-def check_components(q: np.ndarray, index: np.ndarray, r: int) -> None:
-    n_seq, n_head_kv, _, d, _ = index.shape
-    if len(q) != n_seq or q.shape[2] != d or q.shape[1] % n_head_kv or r < 1 or index.shape[4] % INDEX_UNIT:
-        raise ValueError(f"{r} components of queries {q.shape} do not fit an index {index.shape}")
+def check_components(q: np.ndarray, index: np.ndarray | CodedIndex, r: int) -> None:
+    n_seq, n_head_kv, _, d, tokens = _index_shape(index)
+    if len(q) != n_seq or q.shape[2] != d or q.shape[1] % n_head_kv or r < 1 or tokens % INDEX_UNIT:
+        raise ValueError(f"{r} components of queries {q.shape} do not fit an index of {tokens} tokens x {d}")
+
+
+def index_slots(index: np.ndarray | CodedIndex) -> int:
+    """Tokens of which an index can tell the keys."""
+    _, _, blocks, _, tokens = _index_shape(index)
+    return int(index.k.shape[2]) if isinstance(index, CodedIndex) else blocks * tokens
+
+
+def _index_shape(index: np.ndarray | CodedIndex) -> tuple[int, ...]:
+    """[B, H_kv, blocks, d, tokens]."""
+    if not isinstance(index, CodedIndex):
+        return index.shape
+    *shape, words = index.codes.shape
+    tokens, (n_seq, n_head_kv, slots, _) = 8 * words, index.k.shape
+    if index.scales.shape != (*shape, tokens // CODED_UNIT, 2) or shape[:2] != [n_seq, n_head_kv]:
+        raise ValueError(f"codes {index.codes.shape}, scales {index.scales.shape}, keys {index.k.shape} do not fit")
+    if tokens % INDEX_UNIT or slots // CODED_UNIT * CODED_UNIT > shape[2] * tokens:
+        raise ValueError(f"codes {index.codes.shape} do not hold the units of keys {index.k.shape}")
+    return (*shape, tokens)
 
 
 def check_index(
-    index: np.ndarray, mean: np.ndarray | None, seq: np.ndarray, slot: np.ndarray, k: np.ndarray, v: np.ndarray
+    index: np.ndarray | CodedIndex,
+    mean: np.ndarray | None,
+    seq: np.ndarray,
+    slot: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
 ) -> None:
-    n_seq, n_head_kv, blocks, d, tokens = index.shape
+    n_seq, n_head_kv, _, d, _ = shape = _index_shape(index)
     if k.shape != (len(seq), n_head_kv, d) or v.shape != k.shape or len(slot) != len(seq):
-        raise ValueError(f"keys {k.shape} and values {v.shape} do not fit an index {index.shape}")
+        raise ValueError(f"keys {k.shape} and values {v.shape} do not fit an index {shape}")
     if mean is not None and mean.shape != (n_seq, n_head_kv, d):
-        raise ValueError(f"means {mean.shape} do not fit an index {index.shape}")
+        raise ValueError(f"means {mean.shape} do not fit an index {shape}")
     (least_seq, most_seq), (least, most) = _bounds(seq), _bounds(slot)
-    if least_seq < 0 or most_seq >= n_seq or least < 0 or most >= blocks * tokens:
-        raise ValueError(f"index {index.shape} cannot take slots {least}..{most} of sequences {least_seq}..{most_seq}")
+    if least_seq < 0 or most_seq >= n_seq or least < 0 or most >= index_slots(index):
+        raise ValueError(f"index {shape} cannot take slots {least}..{most} of sequences {least_seq}..{most_seq}")
 
 
 def _bounds(indices: np.ndarray) -> tuple[int, int]:

@@ -32,6 +32,7 @@ IntArray = np.ndarray  # host, int32
 
 NO_POSITION = 2**31 - 1  # of an empty slot: later than any token
 INDEX_BLOCK, INDEX_UNIT = 2048, 512  # tokens of a component that lie together in SparQ's index: at most, a multiple of
+CODED_BLOCK, CODED_UNIT = 8192, 256  # the same of a coded one, where a unit shares a scale
 
 
 class KV(NamedTuple):
@@ -39,6 +40,19 @@ class KV(NamedTuple):
 
     k: Array
     v: Array
+
+
+class CodedIndex(NamedTuple):
+    """SparQ's copy of the keys in 4 bits: codes c of each component and each whole unit of CODED_UNIT tokens stand for
+    least + scale c. The tokens after the last whole unit have none, and are read as rows of the cache. So codes depend
+    on the rows of their unit alone, and after a rewind nothing needs to be made again.
+
+    A run of 16 words holds 128 tokens: bits 4 p ... 4 p + 3 of word w belong to token 16 p + w.
+    """
+
+    codes: Array  # uint32 [B, H_kv, blocks, d, tokens / 8]
+    scales: Array  # float16 [B, H_kv, blocks, d, tokens / CODED_UNIT, 2]: scale and least
+    k: Array  # keys of the layer, as in KV
 
 
 class Far(NamedTuple):
@@ -213,16 +227,23 @@ class Ops(Protocol):
         holds. Kept slots below `head` receive nothing."""
 
     # -- reading few of the cached tokens ------------------------------------------------------------------------------
-    # SparQ's copy of the keys has the components apart: index [B, H_kv, blocks, d, tokens], blocks of tokens.
-    def append_index(self, index: Array, mean: Array | None, seq: IntArray, slot: IntArray, k: Array, v: Array) -> None:
+    # SparQ's copy of the keys has the components apart: index [B, H_kv, blocks, d, tokens], blocks of tokens; or coded.
+    def append_index(
+        self, index: Array | CodedIndex, mean: Array | None, seq: IntArray, slot: IntArray, k: Array, v: Array
+    ) -> None:
         """Writes row i of k [N, H_kv, d] to the index of sequence seq[i], slot[i]. A mean [B, H_kv, d] of the values in
-        slots 0 ... slot[i] - 1 takes up row i of v: mean += (v - mean) / (slot[i] + 1)."""
+        slots 0 ... slot[i] - 1 takes up row i of v: mean += (v - mean) / (slot[i] + 1).
+
+        In a coded index a unit is written with its last slot, from the rows of the cache, where k and all of the unit
+        before it lie already. With low and high its least and largest number: least = low, scale = (high - least) / 15,
+        each rounded to float16; c = (x - least) / scale, rounded to the nearest in 0 ... 15.
+        """
 
     def mean_rows(self, v: Array, seq: int, n: int, mean: Array) -> None:
         """mean [B, H_kv, d] of one sequence becomes that of the first n rows of v [B, H_kv, slots, d]; 0 for n = 0."""
 
     def approximate_top_k(
-        self, q: Array, index: Array, stop: IntArray, r: int, k: int, local: int, sum_logits: bool
+        self, q: Array, index: Array | CodedIndex, stop: IntArray, r: int, k: int, local: int, sum_logits: bool
     ) -> tuple[Array, Array]:
         """SparQ, step 1: the k of slots 0 ... stop[b] - 1 that seem to weigh most, and what each seems to weigh.
 

@@ -147,6 +147,7 @@ def check() -> None:
 
 def scores_of_policies(ops: Any) -> None:
     """What else they need: a case of each test of these ops."""
+    import test_coded_index as c
     import test_eviction_ops as e
     import test_sparse_ops as s
 
@@ -154,6 +155,8 @@ def scores_of_policies(ops: Any) -> None:
     s.test_means(ops, store, *shape)
     s.test_the_best(ops, store, *shape, stop=(1500, 2900, 64), k=130, local=33)
     s.test_attention_to_rows(ops, store, *shape, k=130)
+    c.test_codes_are_those_of_the_rows(ops, store, *shape)
+    c.test_probabilities_and_the_best(ops, store, *shape)
     e.test_attend_weights(ops, store, *shape, slots=100)
     e.test_column_sums(ops, store, *shape, start=5, n=70)
     e.test_overwrite(ops, store, *shape[1:])

@@ -26,7 +26,7 @@ COMMANDS = ("chat", "run", "perplexity", "warmup", "bench")
 PARAMETERS = sorted({name for policy in POLICIES.values() for name in parameters(policy)})
 ALL = {
     "dense": (),
-    "sparq": ("--r", 4, "--k", 8, "--local", 2, "--reallocate", "on", "--gqa", "sum-logit"),
+    "sparq": ("--r", 4, "--k", 8, "--local", 2, "--reallocate", "on", "--gqa", "sum-logit", "--k-index", "q4"),
     "topk": ("--k", 8),
     "window": ("--budget", 8),
     "streaming": ("--sinks", 2, "--recent", 8, "--positions", "reindexed"),
@@ -123,9 +123,11 @@ WRONG = [
     ("sparq --r 4 --k 0", "--k 0 is out of range (1 or more)"),
     ("sparq --r 4 --k 65", "--k 65 is out of range (1 to 64, the context)"),
     ("sparq --r 4", "--k 128 is out of range (1 to 64, the context)"),
+    ("topk --k 8 --k-index q4", "--k-index is not a parameter of --policy topk (it has: --k)"),
     ("topk --k 65", "--k 65 is out of range (1 to 64, the context)"),
     ("sparq --r 4 --k 8 --local 9", "--local 9 is out of range (0 to 8, the tokens that are read)"),
     ("sparq --r 4 --k 8 --gqa max", "--gqa max is not one of: sum-prob, sum-logit"),
+    ("sparq --r 4 --k 8 --k-index q8", "--k-index q8 is not one of: f16, q4"),
     ("sparq --r 4 --k 8 --budget 9", "it has: --r, --k, --local, --reallocate, --gqa"),
     ("dense --r 4", "--r is not a parameter of --policy dense (it has: none)"),
     ("window --sinks 4", "--sinks is not a parameter of --policy window (it has: --budget)"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from kernels_cpu import CpuOps, tape
 from kernels_cpu.compiled import kernel
 from kernels_cpu.crew import AWAKE, Crew, share_long
 from minirt import Llama
+from minirt.ops import CODED_UNIT
 
 N_CTX = 96
 NAMES = ["llama-gqa3-d64-tied", "llama-gqa4-d80", "llama-gqa8-d128", "qwen2-gqa3-d128", "qwen3-gqa1-d80"]
@@ -45,15 +46,18 @@ def records(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return seen
 
 
-def load(path: Path, **options: Any) -> Llama:
-    return Llama.load(path, n_ctx=N_CTX, device="cpu", threads=2, **options)
+def load(path: Path, n_ctx: int = N_CTX, **options: Any) -> Llama:
+    return Llama.load(path, n_ctx=n_ctx, device="cpu", threads=2, **options)
 
 
-def script(llama: Llama, seed: int = 0) -> Iterator[np.ndarray]:
+PROMPTS = ((1, 40), (30, 20), (10, 30))
+
+
+def script(llama: Llama, prompts: Sequence[tuple[int, int]] = PROMPTS) -> Iterator[np.ndarray]:
     """The logits of steps after prompts of several lengths, with a rewind between them."""
-    tokens = np.random.default_rng(seed).integers(0, llama.config.n_vocab, 200).tolist()
+    tokens = np.random.default_rng(0).integers(0, llama.config.n_vocab, 1000).tolist()
     session = llama.session
-    for prompt, steps in ((1, 40), (30, 20), (10, 30)):
+    for prompt, steps in prompts:
         session.reset()
         yield session.feed(tokens[:prompt])
         for token in tokens[prompt : prompt + steps]:
@@ -75,6 +79,17 @@ def test_a_recorded_step_gives_the_same_logits(
     assert len(records) < 25, "of 90 steps, those after a prompt and where a layer begins to do something else"
     monkeypatch.setattr(CpuOps, "record", call_by_call)
     assert np.array_equal(recorded, list(script(llama)))
+
+
+def test_codes_of_an_index_are_made_in_recorded_steps(
+    paths: dict[str, Path], records: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = load(paths[NAMES[0]], n_ctx=1024, policy="sparq:r=16:k=24:k_index=q4")
+    prompts = ((CODED_UNIT - 10, 30), (2 * CODED_UNIT - 4, 8))
+    recorded = list(script(llama, prompts))
+    assert len(records) == 2
+    monkeypatch.setattr(CpuOps, "record", call_by_call)
+    assert np.array_equal(recorded, list(script(llama, prompts)))
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
@@ -142,7 +157,9 @@ def test_a_call_that_refuses_is_an_error(paths: dict[str, Path]) -> None:
 
 
 def test_each_kernel_is_prepared_by_its_own_function() -> None:
-    assert all(prepare.py_func.__name__ == f"_{k.py_func.__name__}" for k, prepare in tape._PREPARE.items())
+    for k, prepare in tape._PREPARE.items():
+        module = k.py_func.__module__.rpartition(".")[2]
+        assert {module, k.py_func.__name__} <= set(prepare.py_func.__code__.co_names)
 
 
 @kernel

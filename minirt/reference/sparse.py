@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..checks import check_choice, check_components, check_index, check_ranges
-from ..ops import KV
+from ..checks import check_choice, check_components, check_index, check_ranges, index_slots
+from ..ops import KV, CodedIndex
 from .attention import scaled_logits, softmax, store_of, weighted_values
 from .eviction import largest
+from .index import decode_index, encode_units
 
 
 class SparseOps:
     def append_index(
         self,
-        index: np.ndarray,
+        index: np.ndarray | CodedIndex,
         mean: np.ndarray | None,
         seq: np.ndarray,
         slot: np.ndarray,
@@ -21,8 +22,11 @@ class SparseOps:
         v: np.ndarray,
     ) -> None:
         check_index(index, mean, seq, slot, k, v)
-        tokens = index.shape[4]
-        index[seq, :, slot // tokens, :, slot % tokens] = store_of(index).encode(k)
+        if isinstance(index, CodedIndex):
+            encode_units(index, seq, slot)
+        else:
+            tokens = index.shape[4]
+            index[seq, :, slot // tokens, :, slot % tokens] = store_of(index).encode(k)
         if mean is not None:
             for i, b in enumerate(seq):
                 mean[b] += (v[i] - mean[b]) / np.float32(slot[i] + 1)
@@ -32,14 +36,21 @@ class SparseOps:
         mean[seq] = rows.mean(axis=1, dtype=np.float64) if n else 0.0
 
     def approximate_top_k(
-        self, q: np.ndarray, index: np.ndarray, stop: np.ndarray, r: int, k: int, local: int, sum_logits: bool
+        self,
+        q: np.ndarray,
+        index: np.ndarray | CodedIndex,
+        stop: np.ndarray,
+        r: int,
+        k: int,
+        local: int,
+        sum_logits: bool,
     ) -> tuple[np.ndarray, np.ndarray]:
         check_components(q, index, r)
-        check_choice(len(q), index.shape[2] * index.shape[4], stop, k, 0, local)
-        n_head_kv, d = index.shape[1], q.shape[2]
+        check_choice(len(q), index_slots(index), stop, k, 0, local)
+        n_head_kv, d = index[0].shape[1] if isinstance(index, CodedIndex) else index.shape[1], q.shape[2]
         rows, weights = _empty(q, n_head_kv, k)
         for b, n in enumerate(stop):
-            keys = store_of(index).decode(index[b].swapaxes(2, 3).reshape(n_head_kv, -1, d)[:, :n])
+            keys = (decode_index if isinstance(index, CodedIndex) else _keys)(index, b, int(n))  # type: ignore[arg-type]
             for h, heads in enumerate(_heads(q, n_head_kv)):
                 chosen = top_components(q[b, heads], r)
                 few = q[b, heads][:, chosen]
@@ -83,6 +94,12 @@ class SparseOps:
         for b, h, heads, chosen in _groups(out, kv, rows, stop):
             out[b, heads] = weighted_values(weights[b, heads, : len(chosen)], kv.v[b, h : h + 1][:, chosen])
         return out
+
+
+def _keys(index: np.ndarray, b: int, n: int) -> np.ndarray:
+    """The first n keys of a sequence: float32 [H_kv, n, d]."""
+    n_head_kv, d = index.shape[1], index.shape[3]
+    return store_of(index).decode(index[b].swapaxes(2, 3).reshape(n_head_kv, -1, d)[:, :n])
 
 
 def top_components(q: np.ndarray, r: int) -> np.ndarray:
