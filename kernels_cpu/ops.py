@@ -195,7 +195,7 @@ class CpuOps(EvictionOps, SparseOps):
     def angles(self, rope: Rope, pos: np.ndarray) -> Angles:
         return Angles(rope.angles(pos), rope.interleaved)
 
-    def allocate(self, store: Store, shape: tuple[int, int, int, int]) -> np.ndarray:
+    def allocate(self, store: Store, shape: tuple[int, int, int, int], factor: Any = None) -> np.ndarray:
         f = FORMATS[_FORMAT_OF_STORE[store.name]]
         return zeros((*shape[:3], whole_vectors(shape[3]) // f.length), f.dtype)
 

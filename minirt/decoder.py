@@ -29,7 +29,8 @@ class Decoder:
 
     def new_cache(self, plan: CachePlan, n_sequences: int = 1) -> Cache:
         """An empty cache for this model."""
-        return allocate_cache(plan, self.config, self.ops, n_sequences, self.rope)
+        factors = [(layer.k_factor, layer.v_factor) for layer in self.weights.layers]
+        return allocate_cache(plan, self.config, self.ops, n_sequences, self.rope, factors)
 
     def prefill(
         self,

@@ -43,6 +43,7 @@ class Angles(NamedTuple):
 
     values: Any  # the device's array [2, N, rope_dim / 2]: cosines and sines, times the magnitude
     interleaved: bool
+    pos: np.ndarray | None = None  # host int32 [N]: latents of keys keep it, to be turned when they are rebuilt
 
 
 def make_rope(config: ModelConfig, factors: np.ndarray | None = None) -> Rope:

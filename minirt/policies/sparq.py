@@ -40,6 +40,7 @@ _FLOAT16, _FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
 @dataclass(frozen=True)
 class SparQ(BasePolicy):
     name: ClassVar[str] = "sparq"
+    needs_rows: ClassVar[str] = "reads components of keys"
     r: int = parameter(32, "Components of a query that choose what is read.", least=1)
     k: int = parameter(128, "Tokens that are read.", least=1)
     local: int | None = parameter(None, "... of which the newest are always read.  [default: k / 4]", least=0)
@@ -107,12 +108,12 @@ class SparQ(BasePolicy):
 
     def bytes_read(self, config: ModelConfig, plan: CachePlan, n: int) -> int:
         """S r of the index, 2 k d of rows, d of v_bar (section 4.2, appendix F; what a step writes is not counted)."""
-        d, row = config.head_dim, plan.row_bytes(config)
+        d, rows = config.head_dim, plan.rows_bytes(config, (min(n, self.k),) * config.n_layer)
         if n <= self.k:
-            return config.n_layer * row * n
+            return rows
         index = config.n_head_kv * n * self.r * plan.side["index"][0].dtype.itemsize
         mean = 4 * config.n_head_kv * d if "mean" in plan.side else 0
-        return config.n_layer * (index + row * self.k + mean)
+        return rows + config.n_layer * (index + mean)
 
 
 def check_k(k: int, n_ctx: int) -> None:

@@ -80,7 +80,7 @@ class Window(BoundedPolicy):
             return ops.attend_chunk(q, ring, 0, n)
         held = min(n, length)
         before = np.arange(n - held, n, dtype=np.int32) % length
-        room = cache.plan.room(ops, held + t, k)
+        room = cache.plan.room(ops, held + t, kv)
         ops.copy_rows(ring, ops.indices(before[None]), room, 0)
         ops.append(room, np.zeros(t, np.int32), np.arange(held, held + t, dtype=np.int32), k, v)
         last = min(t, length)
@@ -136,7 +136,7 @@ class Window(BoundedPolicy):
         return min(int(cache.n_seen[seq]), cache.plan.slots[0])
 
     def bytes_read(self, config: ModelConfig, plan: CachePlan, n: int) -> int:
-        return config.n_layer * plan.row_bytes(config) * min(n, plan.slots[0])
+        return plan.rows_bytes(config, [min(n, slots) for slots in plan.slots])
 
 
 @dataclass(frozen=True)
@@ -198,4 +198,8 @@ class LMInfinite(_WithSinks):
         return np.minimum(pos, length if self.limit is None else self.limit)
 
     def sink_keys(self, ops: Ops, cache: Cache, k: Array, pos: np.ndarray) -> Array:
+        if cache.plan.k_store.latent:  # turned when they are rebuilt, at the position that is their last number
+            k = ops.concatenate([k])
+            k[..., -1] = 0
+            return k
         return ops.rotate(k, cache.turns(ops, -pos))
