@@ -1,8 +1,8 @@
 """Rows of latents as kernels see them: encoding and decoding, as `minirt.stores.latent` says what lies in them.
 
-A cache of latents is described by eight int64, so that one compiled kernel serves every rank and every store: ADDRESS of
-the rows, bytes from one sequence to the next (SEQUENCE), from one group (GROUP) and from one slot (ROW); RANK, BLOCKS
-of 32 numbers, BITS of a number, and where the position of a key lies in a row (POSITION; 0: nowhere).
+A cache of latents is described by eight int64, so that one compiled kernel serves every rank and every store: ADDRESS
+of the rows, bytes from one sequence to the next (SEQUENCE), from one group (GROUP) and from one slot (ROW); RANK,
+BLOCKS of 32 numbers, BITS of a number, and where the position of a key lies in a row (POSITION; 0: nowhere).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from minirt.stores.latent import MAX_POSITION, UNIT
 
 from .compiled import kernel
 from .ir_vectors import (
@@ -43,8 +45,6 @@ from .ir_vectors import (
 from .pointers import address, copy_floats
 
 ADDRESS, SEQUENCE, GROUP, ROW, RANK, BLOCKS, BITS, POSITION = range(8)
-MAX_POSITION = 1 << 24
-UNIT = 32  # numbers in a block
 _HEAD = 4  # bytes: float16 scale and minimum
 
 
@@ -109,9 +109,9 @@ def _store_blocks(bits: int) -> Any:
                 if bits == 16:
                     for i, value in enumerate(values):
                         store(b, float_to_half(b, value), at(b, block, 2 * LANES * i))
-                    continue
-                codes = [_code(b, value, minimum, inverse, 2**bits - 1) for value in values]
-                (_put_nibbles if bits == 4 else _put_three_bits)(b, codes, block)
+                else:
+                    codes = [_code(b, value, minimum, inverse, 2**bits - 1) for value in values]
+                    (_put_nibbles if bits == 4 else _put_three_bits)(b, codes, block)
             return context.get_dummy_value()
 
         i, f = types.int64, types.float32

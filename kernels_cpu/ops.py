@@ -24,7 +24,7 @@ from minirt.config import ModelConfig
 from minirt.gguf_file import Tensor, release
 from minirt.ops import KV, Far
 from minirt.rope import Angles, Rope
-from minirt.stores import STORES, Store
+from minirt.stores import STORES, Latents, LatentStore, Store
 
 from . import attention, kernels
 from .activations import BLOCK, BLOCK_BYTES
@@ -34,6 +34,7 @@ from .eviction_ops import EvictionOps
 from .gemm import packed_size
 from .integer_products import HAS_WORDS, groups_of, pairs_function, tile_function
 from .ir_vectors import LANES
+from .latent_ops import LatentOps, Turns, allocate_latents
 from .memory import Arena, zeros
 from .panels import decode_function, layout, panel_function
 from .prefill_attention import attend_chunk, attention_scratch, block_tokens
@@ -106,7 +107,7 @@ class _Work:
     out: np.ndarray  # scratch: all products [N, columns]
 
 
-class CpuOps(EvictionOps, SparseOps):
+class CpuOps(EvictionOps, LatentOps, SparseOps):
     """The CPU.
 
     Kernels share their work out to a crew of threads. Up to FEW_ROWS rows of activations are multiplied with weights as
@@ -121,6 +122,7 @@ class CpuOps(EvictionOps, SparseOps):
         self._room = np.empty((threads, room_size(MANY_PANELS)), np.float32)  # of each thread in prefill
         self._known: dict[tuple[Any, ...], _Work] = {}
         self._scratch: dict[str, np.ndarray] = {}
+        self._turns: list[Turns] = []
 
     def vector(self, values: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(values, np.float32)
@@ -154,6 +156,8 @@ class CpuOps(EvictionOps, SparseOps):
         check_qkv(x, layer, config, angles)
         w = self._norm_products(x, layer.attn_norm, config.rms_eps, layer.wq, layer.wk, layer.wv)
         cos, sin = angles.values
+        if layer.k_factor is not None and layer.v_factor is not None:
+            return self._q_and_latents(w.out, w.begins, layer, config, angles)
         optional = (layer.bq, layer.bk, layer.bv, layer.q_norm, layer.k_norm)
         kernels.finish_qkv(
             w.out, *w.begins, n_head, n_head_kv, d, *(_NOTHING if a is None else a for a in optional),
@@ -193,14 +197,19 @@ class CpuOps(EvictionOps, SparseOps):
         return np.array(out) if len(x) <= FEW_ROWS else out
 
     def angles(self, rope: Rope, pos: np.ndarray) -> Angles:
-        return Angles(rope.angles(pos), rope.interleaved)
+        return Angles(rope.angles(pos), rope.interleaved, pos)
 
-    def allocate(self, store: Store, shape: tuple[int, int, int, int], factor: Any = None) -> np.ndarray:
+    def allocate(self, store: Store, shape: tuple[int, int, int, int], factor: Any = None) -> Any:
+        if isinstance(store, LatentStore):
+            return allocate_latents(store, shape, factor)
         f = FORMATS[_FORMAT_OF_STORE[store.name]]
         return zeros((*shape[:3], whole_vectors(shape[3]) // f.length), f.dtype)
 
     def append(self, kv: KV, seq: np.ndarray, slot: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         check_slots(kv, seq, slot)
+        if isinstance(kv.k, Latents):
+            self._write(kv, seq, slot[:, None], k, v)
+            return
         check(k.shape == v.shape == (len(seq), kv.k.shape[1], k.shape[2]), "keys and values", k.shape, v.shape)
         attention.append(kv.k, kv.v, seq, slot, *self._rows(kv, k, v))
 
@@ -238,8 +247,11 @@ class CpuOps(EvictionOps, SparseOps):
         stop: int | None = None,
         lse: np.ndarray | None = None,
     ) -> np.ndarray:
-        d, q = q.shape[2], np.ascontiguousarray(padded(q), np.float32)
         stop = start + len(q) if stop is None else stop
+        if isinstance(kv.k, Latents):
+            check_chunk(q, kv, seq, start, window, stop, lse)
+            kv, seq = self._rebuilt(kv, seq, stop), 0
+        d, q = q.shape[2], np.ascontiguousarray(padded(q), np.float32)
         check_chunk(q, kv, seq, start, window, stop, lse)
         out = self._buffer("chunk", q.shape)
         group = q.shape[1] // kv.k.shape[1]
@@ -262,6 +274,8 @@ class CpuOps(EvictionOps, SparseOps):
         self, name: str, q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray, far: Far | None, kept: np.ndarray
     ) -> np.ndarray:
         """Attention of a decode step in the buffer of that name; kept [B H_q, columns]: see `attention.attend`."""
+        if isinstance(kv.k, Latents):
+            return self._attend_latents(name, q, kv, first, stop, far, kept)
         d, q = q.shape[2], padded(q)
         check_ranges(q, kv, first, stop)
         shape, queries, until = q.shape, q, first

@@ -41,7 +41,7 @@ def rebuilt(rows: Latents) -> np.ndarray:
     (groups, n, _), heads = rows.shape, (f.n_head_kv, f.head_dim)
     latents = rows.store.decode(rows.rows)[..., : f.rank]
     out = np.einsum("gnr,gmr->gnm", latents, f.matrix.values.reshape(groups, -1, f.rank)).astype(np.float32)
-    out = out.reshape(groups, n, -1, f.head_dim).swapaxes(1, 2).reshape(f.n_head_kv, n, f.head_dim)
+    out = out.reshape(groups, n, f.n_head_kv // groups, f.head_dim).swapaxes(1, 2).reshape(f.n_head_kv, n, f.head_dim)
     if f.bias is not None:
         out = out + f.bias.reshape(heads)[:, None]
     if f.norm is not None:
