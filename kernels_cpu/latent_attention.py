@@ -2,8 +2,8 @@
 
 A task takes some tiles of one group of KV heads. It rebuilds the keys of a tile for all its heads (`rebuilding`),
 scores them for all query heads, and sums up latents of values, weighted: o = B (sum of p h) + b is exact, because the
-factor B of a head and its bias b do not depend on the token. Parts of a sequence are joined as in `attention`; then each
-sum passes through its head's factor, panels of which are multiplied as any weight's (`panels`).
+factor B of a head and its bias b do not depend on the token. Parts of a sequence are joined as in `attention`; then
+each sum passes through its head's factor, panels of which are multiplied as any weight's (`panels`).
 """
 
 from __future__ import annotations

@@ -148,7 +148,9 @@ class LatentOps:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """What CpuOps.qkv returns of such a layer, of the products that begin at these columns of out [N, ...]."""
         n, d, (cos, sin), pos = len(out), config.head_dim, angles.values, angles.pos
-        assert layer.k_factor is not None and layer.v_factor is not None and pos is not None
+        assert pos is not None
+        assert layer.k_factor is not None
+        assert layer.v_factor is not None
         bias, norm = (_EMPTY if a is None else a for a in (layer.bq, layer.q_norm))
         pairing = (2, 1) if angles.interleaved else (1, cos.shape[1])
         finish_heads(out, begins[0], config.n_head, d, bias, norm, np.float32(config.rms_eps), cos, sin, *pairing)
