@@ -214,11 +214,12 @@ def attend(crew, q, k, v, first, stop, far, scale, k_factor, matrix, bias, rank,
     """One decode step over described latents k, v (see latent_rows); q [B, H_q, d], or [B, 2 H_q, d], first, stop, far,
     out and kept as in `attention.attend`.
 
-    k_factor: Packed. matrix: of the values' factor as kernels take weights (see `kernels`), each head's rows filled up
-    to whole vectors; bias [H_kv, d]; rank: columns of the matrix. scratch: attention_scratch(`rebuild`, ...) numbers
-    for each thread.
+    k_factor: Packed, as a tuple. matrix: of the values' factor as kernels take weights (see `kernels`), each head's
+    rows filled up to whole vectors; bias [H_kv, d]; rank: columns of the matrix. scratch: attention_scratch(`rebuild`,
+    ...) numbers for each thread.
     """
-    (n_seq, n_head, _), groups = out.shape, len(k_factor.values)
+    (n_seq, n_head, _), keys = out.shape, shared(k_factor)
+    groups = len(keys.values)
     heads, most = n_head // groups, 1
     for b in range(n_seq):
         most = max(most, _parts_of(_tiles_of(first[b], stop[b]), groups))
@@ -228,7 +229,7 @@ def attend(crew, q, k, v, first, stop, far, scale, k_factor, matrix, bias, rank,
     largest, total = np.empty((tasks, heads), np.float32), np.empty((tasks, heads), np.float32)
     columns = kept.shape[1]
     of = (unowned(q), unowned(k), unowned(v), unowned(first), unowned(stop), unowned(far), scale, most)
-    how = (shared(k_factor), rank, unowned(scratch), rebuild)
+    how = (keys, rank, unowned(scratch), rebuild)
     to = (unowned(sums), unowned(largest), unowned(total))
     share_long(crew, tasks, _attend_part, (*of, *how, *to, address(kept), columns))
     values = (unowned(matrix), unowned(bias), groups, most)

@@ -199,7 +199,7 @@ class LatentOps:
         out = self._buffer(name, shape)
         latent_attention.attend(
             self._crew.call(), np.ascontiguousarray(queries, np.float32), kv.k.described, kv.v.described, first, stop,
-            until, np.float32(1.0 / math.sqrt(shape[2])), packed, values.descriptor,
+            until, np.float32(1.0 / math.sqrt(shape[2])), tuple(packed), values.descriptor,
             bias.reshape(keys.n_head_kv, shape[2]), rank, self._scratch_of(size), rebuild, out, kept,
         )  # fmt: skip
         return out
@@ -212,7 +212,7 @@ class LatentOps:
             shape = (rows.factor.n_head_kv, whole_vectors(n), whole_vectors(rows.factor.head_dim))
             out = self._buffer(f"rebuilt {name}", shape)
             scratch = self._scratch_of(rebuild_scratch(packed))
-            rebuild_rows(self._crew.call(), rows.described, seq, n, packed, scratch, out)
+            rebuild_rows(self._crew.call(), rows.described, seq, n, tuple(packed), scratch, out)
             arrays.append(out[None, :, :n].view(_F32))
         return KV(arrays[0], arrays[-1])
 

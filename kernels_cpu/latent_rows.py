@@ -33,7 +33,6 @@ from .ir_vectors import (
     float_to_half,
     for_vectors,
     half_to_float,
-    horizontal_sum,
     like,
     load,
     part,
@@ -50,20 +49,27 @@ _HEAD = 4  # bytes: float16 scale and minimum
 
 @intrinsic
 def _range_of(typingctx: Any, x: Any, n: Any) -> Any:
-    """(smallest, largest) of n float32 at an address; NaN both if one is not finite."""
+    """(smallest, largest) of n float32 at an address, 0 for -0; NaN both if one is not finite.
+
+    What is not finite, or -0, is told by its bits: a compiler that may reorder sums takes x - x for 0.
+    """
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
         source = b.inttoptr(args[0], cgutils.voidptr_t)
         first = splat(b, load(b, source, F32))
         low, high = cgutils.alloca_once_value(b, first), cgutils.alloca_once_value(b, first)
-        odd = cgutils.alloca_once_value(b, constant(F32, 0.0))  # NaN once a number was not finite
+        most = cgutils.alloca_once_value(b, constant(I32, 0))  # bits of the largest |x|, above which NaN is
 
         def turn(index: Value, lanes: int) -> None:
             value = load(b, at(b, source, b.mul(index, I64(4))), vector(F32, lanes))
             value = value if lanes == LANES else splat(b, b.extract_element(value, I32(0)))
             b.store(smaller(b.load(low), value), low)
             b.store(larger(b.load(high), value), high)
-            b.store(b.fadd(b.load(odd), b.fsub(value, value)), odd)
+            magnitude = b.and_(b.bitcast(value, vector(I32)), constant(I32, 0x7FFFFFFF))
+            b.store(farther(b.load(most), magnitude), most)
+
+        def farther(old: Value, new: Value) -> Value:
+            return b.select(b.icmp_signed(">", new, old), new, old)
 
         def smaller(old: Value, new: Value) -> Value:
             return b.select(b.fcmp_ordered("<", new, old), new, old)
@@ -72,9 +78,15 @@ def _range_of(typingctx: Any, x: Any, n: Any) -> Any:
             return b.select(b.fcmp_ordered(">", new, old), new, old)
 
         for_vectors(b, args[1], turn)
-        zero = horizontal_sum(b, b.load(odd))  # added also because it makes 0 of -0
-        found = (b.fadd(across_lanes(b, b.load(v), join), zero) for v, join in ((low, smaller), (high, larger)))
-        return context.make_tuple(b, signature.return_type, list(found))
+        odd = b.icmp_signed(">=", across_lanes(b, b.load(most), farther), I32(0x7F800000))
+
+        def result(value: Value) -> Value:
+            bits = b.bitcast(value, I32)
+            bits = b.select(b.icmp_signed("==", b.shl(bits, I32(1)), I32(0)), I32(0), bits)
+            return b.bitcast(b.select(odd, I32(0x7FC00000), bits), F32)
+
+        found = [result(across_lanes(b, b.load(v), join)) for v, join in ((low, smaller), (high, larger))]
+        return context.make_tuple(b, signature.return_type, found)
 
     return types.UniTuple(types.float32, 2)(types.int64, types.int64), codegen
 
@@ -121,10 +133,10 @@ def _store_blocks(bits: int) -> Any:
 
 
 def _code(b: ir.IRBuilder, x: Value, minimum: Value, inverse: Value, most: int) -> Value:
-    q = b.fadd(b.fmul(b.fsub(x, splat(b, minimum)), splat(b, inverse)), constant(F32, 0.5))
+    q = b.fmul(b.fsub(x, splat(b, minimum)), splat(b, inverse))
     q = b.select(b.fcmp_ordered(">", q, constant(F32, 0.0)), q, constant(F32, 0.0))
     q = b.select(b.fcmp_ordered("<", q, constant(F32, float(most))), q, constant(F32, float(most)))
-    return b.fptosi(q, vector(I32))
+    return b.fptosi(b.fadd(q, constant(F32, 0.5)), vector(I32))  # not in one rounding with the product
 
 
 def _put_nibbles(b: ir.IRBuilder, codes: list[Value], block: Value) -> None:

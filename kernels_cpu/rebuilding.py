@@ -34,7 +34,8 @@ _ROWS, _VECTORS, _LANES = (0,) * ROWS, (0,) * VECTORS, (0,) * LANES
 
 
 class Packed(NamedTuple):
-    """A layer's factor of keys or values, and what comes after the product, as kernels take them."""
+    """A layer's factor of keys or values, and what comes after the product. Kernels are called with it as a plain
+    tuple, whose types Numba tells much quicker."""
 
     values: np.ndarray  # float32 [groups, tiles, rank, ROWS]
     bias: np.ndarray  # [H_kv d], or empty
@@ -173,10 +174,10 @@ def rebuild_tile(cache, seq, group, first, width, factor, scratch):  # type: ign
 
 @kernel
 def shared(factor):  # type: ignore[no-untyped-def]
-    """The same for tasks: see unowned."""
-    arrays = (unowned(factor.values), unowned(factor.bias), unowned(factor.norm), unowned(factor.table))
-    pairing = (factor.pairs, factor.stride, factor.partner)
-    return Packed(*arrays, factor.heads, factor.d, factor.eps, *pairing)
+    """A tuple as what it stands for, for tasks: see unowned."""
+    values, bias, norm, table, heads, d, eps, pairs, stride, partner = factor
+    arrays = (unowned(values), unowned(bias), unowned(norm), unowned(table))
+    return Packed(*arrays, heads, d, eps, pairs, stride, partner)
 
 
 @kernel
@@ -199,6 +200,6 @@ def rebuild_rows(crew, cache, seq, n, factor, scratch, out):  # type: ignore[no-
 
     What fills rows and heads up has no meaning. scratch: a row of rebuild_scratch(...) numbers for each thread.
     """
-    tasks = (n + TILE - 1) // TILE * len(factor.values)
-    of = (unowned(cache), seq, n, shared(factor), unowned(scratch), unowned(out))
-    share_long(crew, tasks, _some_rows, of)
+    packed = shared(factor)
+    of = (unowned(cache), seq, n, packed, unowned(scratch), unowned(out))
+    share_long(crew, (n + TILE - 1) // TILE * len(packed.values), _some_rows, of)

@@ -5,6 +5,8 @@ number makes it, and heads have components that are always large, so a row is fi
 spreads them over all components (QuaRot, arXiv 2404.00456). Scores do not change if queries are rotated as the keys
 were, and a sum of values is rotated back. "-plain" leaves the rotation out.
 
+Of a model with low-rank keys and values the cache may hold latents, from which they are rebuilt: see `latent`.
+
 A store added later is one entry here, what devices need to read and write its rows, and the shared tests.
 """
 

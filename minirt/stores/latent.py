@@ -72,10 +72,11 @@ class LatentStore(Store):
         if self.bits == 16:
             return _as(rows[..., :end], np.float16).astype(np.float32)
         scale, minimum = np.split(_as(rows[..., :SCALE_BYTES], np.float16).astype(np.float32), 2, axis=-1)
-        blocks = rows[..., SCALE_BYTES:end].reshape(*rows.shape[:-1], -1, self.block_bytes)
+        n = (end - SCALE_BYTES) // self.block_bytes
+        blocks = rows[..., SCALE_BYTES:end].reshape(*rows.shape[:-1], n, self.block_bytes)
         codes = (_codes4 if self.bits == 4 else _codes3)(blocks)
         with np.errstate(invalid="ignore"):
-            return scale * codes.reshape(*rows.shape[:-1], -1).astype(np.float32) + minimum
+            return scale * codes.reshape(*rows.shape[:-1], UNIT * n).astype(np.float32) + minimum
 
     def positions(self, rows: np.ndarray) -> np.ndarray:
         """Of rows of keys: int32 [...]."""
@@ -132,9 +133,10 @@ def _encode_codes(x: np.ndarray, fill: np.ndarray, bits: int) -> list[np.ndarray
     low, high = (f(x, axis=-1, keepdims=True) + np.float32(0) for f in (np.min, np.max))  # 0, not -0
     head = np.concatenate([(high - low) / most, low], axis=-1).astype(np.float16)
     scale, minimum = np.split(head.astype(np.float32), 2, axis=-1)
-    q = (x - minimum) * np.where(scale == 0, np.float32(0), np.float32(1) / scale) + np.float32(0.5)
-    q = np.where(q > 0, q, 0)  # NaN too
-    q = np.concatenate([np.where(q < most, q, most), fill], axis=-1).astype(np.uint8)
+    q = (x - minimum) * np.where(scale == 0, np.float32(0), np.float32(1) / scale)
+    q = np.where(q > 0, q, np.float32(0))  # NaN too
+    q = np.where(q < most, q, most) + np.float32(0.5)
+    q = np.concatenate([q, fill], axis=-1).astype(np.uint8)
     blocks = q.reshape(*q.shape[:-1], -1, UNIT)
     packed = (_pack4 if bits == 4 else _pack3)(blocks)
     return [_bytes(head), packed.reshape(*x.shape[:-1], -1)]
