@@ -25,7 +25,7 @@ from .latent_rows import BITS, decode_latent, row_address
 from .latent_rows import BLOCKS as LATENT_BLOCKS
 from .panels import call_panel
 from .pointers import address, copy_floats
-from .rebuilding import TILE, rebuild_tile, shared
+from .rebuilding import TILE, finish_head, rebuild_tile, shared
 from .shapes import whole_vectors
 from .softmax import exp, exp_row, row_maximum
 from .unowned import hold, unowned
@@ -144,9 +144,12 @@ def _attend_part(  # type: ignore[no-untyped-def]
     scores[:] = 0.0
     for tile in range(begin, end, TILE):
         width = min(TILE, end - tile)
-        keys = rebuild_tile(k, b, group, tile, width, factor, own)
+        keys, turns = rebuild_tile(k, b, group, tile, width, factor, own)
+        key = np.int64(0)
         for h in range(heads):
-            key, query = address(keys) + 4 * TILE * d * (h // each), address(q) + 4 * d * (b * q.shape[1] + head + h)
+            if h % each == 0:  # while a head is at hand
+                key = finish_head(factor, group, h // each, keys, turns)
+            query = address(q) + 4 * d * (b * q.shape[1] + head + h)
             _score_tile(key, d, query, scale, address(scores) + 4 * TILE * h)
             if columns > 0:
                 to = kept + 4 * ((b * n_head + head + h) * columns + tile)

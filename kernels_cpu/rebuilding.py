@@ -21,7 +21,7 @@ from numba.extending import intrinsic
 
 from .compiled import kernel
 from .crew import share_long
-from .gemm import ROWS, VECTORS, WIDTH, multiply_tile, transpose_rows
+from .gemm import ROWS, VECTORS, WIDTH, multiply_tile, transpose_rows, variable
 from .ir_vectors import F32, I64, LANES, Value, at, constant, load, multiply_add, splat, store, vector
 from .latent_rows import BITS, BLOCKS, POSITION, UNIT, decode_latent, int_at, row_address
 from .pointers import address, copy_floats
@@ -72,43 +72,39 @@ def _finish_head(
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
         keys, d, bias, norm, eps, turns, pairs, stride, partner = args
-        line = 4 * TILE
-        pointers = [b.inttoptr(a, cgutils.voidptr_t) for a in (keys, bias, norm, turns)]
+        keys_at, bias_at, norm_at, turns_at = (b.inttoptr(a, cgutils.voidptr_t) for a in (keys, bias, norm, turns))
+
+        def line(pointer: Value, j: Value) -> list[Value]:
+            row = at(b, pointer, b.mul(j, I64(4 * TILE)))
+            return [at(b, row, 4 * LANES * i) for i in range(TILE // LANES)]
 
         def number(pointer: Value, j: Value) -> Value:
             return splat(b, load(b, at(b, pointer, b.mul(j, I64(4))), F32))
 
-        with cgutils.for_range(b, I64(TILE // LANES)) as loop:
-            column = b.mul(loop.index, I64(4 * LANES))
-            keys, _, _, turns = (at(b, pointer, column) for pointer in pointers)
-            _, bias_at, norm_at, _ = pointers
-
-            def place(j: Value, keys: Value = keys) -> Value:
-                return at(b, keys, b.mul(j, I64(line)))
-
-            with b.if_then(b.icmp_signed("!=", bias, I64(0))), cgutils.for_range(b, d) as each:
-                value = load(b, place(each.index), vector(F32))
-                store(b, b.fadd(value, number(bias_at, each.index)), place(each.index))
-            with b.if_then(b.icmp_signed("!=", norm, I64(0))):
-                total = cgutils.alloca_once(b, vector(F32))
-                b.store(constant(F32, 0.0), total)
-                with cgutils.for_range(b, d) as each:
-                    value = load(b, place(each.index), vector(F32))
+        with b.if_then(b.icmp_signed("!=", bias, I64(0))), cgutils.for_range(b, d) as each:
+            more = number(bias_at, each.index)
+            for place in line(keys_at, each.index):
+                store(b, b.fadd(load(b, place, vector(F32)), more), place)
+        with b.if_then(b.icmp_signed("!=", norm, I64(0))):
+            totals = [variable(b, constant(F32, 0.0)) for _ in range(TILE // LANES)]
+            with cgutils.for_range(b, d) as each:
+                for place, total in zip(line(keys_at, each.index), totals, strict=True):
+                    value = load(b, place, vector(F32))
                     b.store(multiply_add(b, value, value, b.load(total)), total)
-                mean = b.fdiv(b.load(total), splat(b, b.sitofp(d, F32)))
-                scale = b.fdiv(constant(F32, 1.0), square_root(b, b.fadd(mean, splat(b, eps))))
-                with cgutils.for_range(b, d) as each:
-                    factor = b.fmul(scale, number(norm_at, each.index))
-                    store(b, b.fmul(load(b, place(each.index), vector(F32)), factor), place(each.index))
-            with cgutils.for_range(b, pairs) as each:
-                first = b.mul(each.index, stride)
-                here, there = place(first), place(b.add(first, partner))
-                cos_at = at(b, turns, b.mul(each.index, I64(line)))
-                cos = load(b, cos_at, vector(F32))
-                sin = load(b, at(b, cos_at, b.mul(pairs, I64(line))), vector(F32))
-                x, y = load(b, here, vector(F32)), load(b, there, vector(F32))
-                store(b, b.fsub(b.fmul(x, cos), b.fmul(y, sin)), here)
-                store(b, multiply_add(b, x, sin, b.fmul(y, cos)), there)
+            means = [b.fdiv(b.load(total), splat(b, b.sitofp(d, F32))) for total in totals]
+            scales = [b.fdiv(constant(F32, 1.0), square_root(b, b.fadd(mean, splat(b, eps)))) for mean in means]
+            with cgutils.for_range(b, d) as each:
+                weight = number(norm_at, each.index)
+                for place, scale in zip(line(keys_at, each.index), scales, strict=True):
+                    store(b, b.fmul(load(b, place, vector(F32)), b.fmul(scale, weight)), place)
+        with cgutils.for_range(b, pairs) as each:
+            first = b.mul(each.index, stride)
+            both = line(keys_at, first), line(keys_at, b.add(first, partner))
+            turned = line(turns_at, each.index), line(turns_at, b.add(each.index, pairs))
+            for places in zip(*both, *turned, strict=True):
+                x, y, cos, sin = (load(b, place, vector(F32)) for place in places)
+                store(b, b.fsub(b.fmul(x, cos), b.fmul(y, sin)), places[0])
+                store(b, multiply_add(b, x, sin, b.fmul(y, cos)), places[1])
         return context.get_dummy_value()
 
     i = types.int64
@@ -143,12 +139,12 @@ def _turns_of_tokens(cache, seq, group, first, width, table, turns, rows):  # ty
 
 @kernel
 def rebuild_tile(cache, seq, group, first, width, factor, scratch):  # type: ignore[no-untyped-def]
-    """Keys or values of a group's heads [heads d and padding, TILE], 1-D, of `width` slots from `first` on.
+    """(keys, turns) of `width` slots from `first` on, parts of scratch: keys or values of a group's heads, [heads d and
+    padding, TILE], 1-D, each of which finish_head makes what it should be, with the turns.
 
-    factor: Packed. scratch: rebuild_scratch(...) numbers, at a cache line; the result is a part of it.
+    factor: Packed. scratch: rebuild_scratch(...) numbers, at a cache line.
     """
-    _, tiles, rank, _ = factor.values.shape
-    d, table = factor.d, factor.table
+    (_, tiles, rank, _), table = factor.values.shape, factor.table
     panels, used = scratch[: rank * TILE], rank * TILE
     keys = scratch[used : used + tiles * ROWS * TILE]
     used += tiles * ROWS * TILE
@@ -163,13 +159,18 @@ def rebuild_tile(cache, seq, group, first, width, factor, scratch):  # type: ign
             multiply_tile(values, a, ROWS, panels, p * rank, WIDTH, rank, keys, to, TILE, False, _ROWS, _VECTORS)
     if factor.pairs > 0:
         _turns_of_tokens(cache, seq, group, first, width, table, turns, rows)
-    if factor.pairs > 0 or len(factor.bias) > 0:
-        norm_at, pairing = address(factor.norm) if len(factor.norm) > 0 else 0, (factor.stride, factor.partner)
-        for h in range(factor.heads):
-            bias_at = address(factor.bias) + 4 * (group * factor.heads + h) * d if len(factor.bias) > 0 else 0
-            head = address(keys) + 4 * TILE * d * h
-            _finish_head(head, d, bias_at, norm_at, factor.eps, address(turns), factor.pairs, *pairing)
-    return keys
+    return keys, turns
+
+
+@kernel
+def finish_head(factor, group, h, keys, turns):  # type: ignore[no-untyped-def]
+    """Adds the bias of head h of a group to what rebuild_tile gives, norms and turns it; returns its address."""
+    d, pairs = factor.d, factor.pairs
+    head = address(keys) + 4 * TILE * d * h
+    bias = address(factor.bias) + 4 * (group * factor.heads + h) * d if len(factor.bias) > 0 else 0
+    norm = address(factor.norm) if len(factor.norm) > 0 else 0
+    _finish_head(head, d, bias, norm, factor.eps, address(turns), pairs, factor.stride, factor.partner)
+    return head
 
 
 @kernel
@@ -185,9 +186,10 @@ def _some_rows(cache, seq, n, factor, scratch, out, task, thread):  # type: igno
     groups, (_, between, wide), d = len(factor.values), out.shape, factor.d
     group, first = task % groups, task // groups * TILE
     width, own = min(TILE, n - first), scratch[thread]
-    keys = rebuild_tile(cache, seq, group, first, width, factor, own)
+    keys, turns = rebuild_tile(cache, seq, group, first, width, factor, own)
     lines, rows = keys.reshape(keys.size // TILE, TILE), out.reshape(out.size)
     for h in range(factor.heads):
+        finish_head(factor, group, h, keys, turns)
         for j in range(0, d, LANES):
             to = ((group * factor.heads + h) * between + first) * wide + j
             tokens = (width + LANES - 1) // LANES * LANES
