@@ -22,7 +22,7 @@ from minirt.checks import (
 )
 from minirt.ops import KV, MergeRule
 from minirt.rope import Angles
-from minirt.stores import row_numbers
+from minirt.stores import Latents, row_numbers
 
 from . import eviction, kernels, memory, merging
 from .column_products import add_column_sums, most_similar_rows, scratch_size
@@ -43,6 +43,8 @@ class EvictionOps:
     _like: Any
     _run: Any
     _in_order: Any
+    _rebuilt: Any
+    _not_recorded: Any
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return memory.zeros(shape, dtype)
@@ -77,18 +79,31 @@ class EvictionOps:
         return out
 
     def add_column_sums(self, q: np.ndarray, kv: KV, seq: int, start: int, lse: np.ndarray, sums: np.ndarray) -> None:
+        of_heads = sums
+        if isinstance(kv.k, Latents):
+            check_columns(q, kv, seq, start, lse, sums)
+            kv, seq = self._rebuilt(kv, seq, start + len(q), keys_only=True), 0
+            of_heads = np.zeros((kv.k.shape[1], sums.shape[1]), np.float32)
         d, q = q.shape[2], np.ascontiguousarray(padded(q), np.float32)
-        check_columns(q, kv, seq, start, lse, sums)
+        check_columns(q, kv, seq, start, lse, of_heads)
         check_float_rows(lse)
         q = self._like("queries", kv.k, q)
         scratch = self._buffer("column products", (self.threads, scratch_size(q.shape[2])))
         keys, _, between = rows_of(kv, seq)
-        add_column_sums(self._crew.call(), q, keys, between, start, lse, 1.0 / math.sqrt(d), scratch, sums)
+        add_column_sums(self._crew.call(), q, keys, between, start, lse, 1.0 / math.sqrt(d), scratch, of_heads)
+        if of_heads is not sums:
+            sums += of_heads.reshape(len(sums), -1, sums.shape[1]).mean(axis=1)
 
     def overwrite(
         self, kv: KV, slot: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, pos: np.ndarray
     ) -> None:
         check_overwrite(kv, slot, k, v, positions, pos)
+        if isinstance(kv.k, Latents):
+            self._not_recorded()
+            check_indices(slot, positions.shape[2])
+            self._write(kv, np.arange(len(slot), dtype=np.int32), slot, k, v)
+            positions[np.arange(len(slot))[:, None], np.arange(slot.shape[1]), slot] = pos[:, None]
+            return
         if not self._run(eviction.overwrite, kv.k, kv.v, slot, *self._rows(kv, k, v), positions, pos):
             raise ValueError(f"slots {slot} lie outside a cache {kv.k.shape}")
 
@@ -120,6 +135,7 @@ class EvictionOps:
         check_indices(rows, source.k.shape[2])
         heads, end = np.arange(source.k.shape[1])[:, None], start + rows.shape[1]
         for a, b in zip(source, target, strict=True):
+            a, b = (x.rows if isinstance(x, Latents) else x for x in (a, b))
             a, b = (x.view(f"V{x.itemsize * x.shape[3]}")[0, :, :, 0] for x in (a, b))  # a row in one piece
             b[:, start:end] = a[heads, rows]
 

@@ -25,7 +25,7 @@ from minirt.config import ModelConfig
 from minirt.gguf_file import Tensor, release
 from minirt.ops import KV, Array, Far, Ops
 from minirt.rope import Angles, Rope
-from minirt.stores import STORES, Store
+from minirt.stores import STORES, Latents, LatentStore, Store
 
 from . import attention, kernels
 from .activations import BLOCK, BLOCK_BYTES
@@ -35,6 +35,7 @@ from .eviction_ops import EvictionOps
 from .gemm import packed_size
 from .integer_products import HAS_WORDS, groups_of, pairs_function, tile_function
 from .ir_vectors import LANES
+from .latent_ops import LatentOps, Turns, allocate_latents
 from .memory import Arena, zeros
 from .panels import decode_function, layout, panel_function
 from .prefill_attention import attend_chunk, attention_scratch, block_tokens
@@ -108,7 +109,7 @@ class _Work:
     out: np.ndarray  # scratch: all products [N, columns]
 
 
-class CpuOps(EvictionOps, SparseOps):
+class CpuOps(EvictionOps, LatentOps, SparseOps):
     """The CPU.
 
     Kernels share their work out to a crew of threads. Up to FEW_ROWS rows of activations are multiplied with weights as
@@ -124,6 +125,7 @@ class CpuOps(EvictionOps, SparseOps):
         self._known: dict[tuple[Any, ...], _Work] = {}
         self._scratch: dict[str, np.ndarray] = {}
         self._tape: Tape | None = None  # while a step is recorded
+        self._turns: list[Turns] = []
 
     def vector(self, values: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(values, np.float32)
@@ -157,6 +159,9 @@ class CpuOps(EvictionOps, SparseOps):
         check_qkv(x, layer, config, angles)
         w = self._norm_products(x, layer.attn_norm, config.rms_eps, layer.wq, layer.wk, layer.wv)
         cos, sin = angles.values
+        if layer.k_factor is not None and layer.v_factor is not None:
+            self._not_recorded()
+            return self._q_and_latents(w.out, w.begins, layer, config, angles)
         optional = (layer.bq, layer.bk, layer.bv, layer.q_norm, layer.k_norm)
         self._run(
             kernels.finish_qkv,
@@ -210,14 +215,20 @@ class CpuOps(EvictionOps, SparseOps):
         return result, functools.partial(self._crew.play, tape.play) if tape.whole else None
 
     def angles(self, rope: Rope, pos: np.ndarray) -> Angles:
-        return Angles(rope.angles(pos), rope.interleaved)
+        return Angles(rope.angles(pos), rope.interleaved, pos)
 
-    def allocate(self, store: Store, shape: tuple[int, int, int, int]) -> np.ndarray:
+    def allocate(self, store: Store, shape: tuple[int, int, int, int], factor: Any = None) -> Any:
+        if isinstance(store, LatentStore):
+            return allocate_latents(store, shape, factor)
         f = FORMATS[_FORMAT_OF_STORE[store.name]]
         return zeros((*shape[:3], whole_vectors(shape[3]) // f.length), f.dtype)
 
     def append(self, kv: KV, seq: np.ndarray, slot: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         check_slots(kv, seq, slot)
+        if isinstance(kv.k, Latents):
+            self._not_recorded()
+            self._write(kv, seq, slot[:, None], k, v)
+            return
         check(k.shape == v.shape == (len(seq), kv.k.shape[1], k.shape[2]), "keys and values", k.shape, v.shape)
         self._run(attention.append, kv.k, kv.v, seq, slot, *self._rows(kv, k, v))
 
@@ -255,8 +266,11 @@ class CpuOps(EvictionOps, SparseOps):
         stop: int | None = None,
         lse: np.ndarray | None = None,
     ) -> np.ndarray:
-        d, q = q.shape[2], np.ascontiguousarray(padded(q), np.float32)
         stop = start + len(q) if stop is None else stop
+        if isinstance(kv.k, Latents):
+            check_chunk(q, kv, seq, start, window, stop, lse)
+            kv, seq = self._rebuilt(kv, seq, stop), 0
+        d, q = q.shape[2], np.ascontiguousarray(padded(q), np.float32)
         check_chunk(q, kv, seq, start, window, stop, lse)
         out = self._buffer("chunk", q.shape)
         group = q.shape[1] // kv.k.shape[1]
@@ -279,6 +293,9 @@ class CpuOps(EvictionOps, SparseOps):
         self, name: str, q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray, far: Far | None, kept: np.ndarray
     ) -> np.ndarray:
         """Attention of a decode step in the buffer of that name; kept [B H_q, columns]: see `attention.attend`."""
+        if isinstance(kv.k, Latents):
+            self._not_recorded()
+            return self._attend_latents(name, q, kv, first, stop, far, kept)
         d, q = q.shape[2], self._padded(q)
         check_ranges(q, kv, first, stop)
         shape, queries, until = q.shape, q, first

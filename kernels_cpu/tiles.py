@@ -164,7 +164,7 @@ def add_rows(
     return types.void(v, x, x, x, x, p, sums, x, x, vectors, heads), codegen
 
 
-def _sqrt(b: ir.IRBuilder, x: Value) -> Value:
+def square_root(b: ir.IRBuilder, x: Value) -> Value:
     name = f"llvm.sqrt.v{x.type.count}f32" if isinstance(x.type, ir.VectorType) else "llvm.sqrt.f32"
     return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(x.type, [x.type]), name), [x])
 
@@ -184,7 +184,7 @@ def most_similar(
         head, _, (_, _, row_bytes, _) = into_array(context, b, signature.args[0], k, seq, h)
         best_at, where_at = (into_array(context, b, signature.args[j], a, i)[0] for j, a in ((6, best), (7, where)))
         own = cached_vectors(b, f, at(b, head, b.mul(s, row_bytes)), n_vectors)
-        length = splat(b, _sqrt(b, horizontal_sum(b, _dot(b, own, own))))
+        length = splat(b, square_root(b, horizontal_sum(b, _dot(b, own, own))))
         end, found = b.add(first, n), Extreme(b, LANES, highest=True)
         last = b.sub(end, I64(1))
         with cgutils.for_range(b, b.udiv(b.add(n, I64(LANES - 1)), I64(LANES))) as loop:
@@ -197,7 +197,7 @@ def most_similar(
                 key = cached_vectors(b, f, row, n_vectors)
                 products.add(_dot(b, key, own))
                 squares.add(_dot(b, key, key))
-            lengths = b.fmul(_sqrt(b, squares.result()), length)
+            lengths = b.fmul(square_root(b, squares.result()), length)
             some = b.fcmp_ordered(">", lengths, constant(F32, 0.0))
             cosines = b.select(some, b.fdiv(products.result(), lengths), constant(F32, 0.0))
             slots = indices(b, start)

@@ -11,6 +11,7 @@ for all; its tokens per second count every sequence.
 
 from __future__ import annotations
 
+import itertools
 import math
 import platform
 import statistics
@@ -33,10 +34,10 @@ from .llama import MIN_CONTEXT, Llama, bytes_per_token
 from .policies import POLICIES, Budget, Policy, parse_policy
 from .policies.base import parameters
 from .session import PREFILL_CHUNK, Progress, prompt_chunks
-from .stores import get_stores
+from .stores import get_stores, store_names, stores_text
 from .version import __version__
 
-__all__ = ["Result", "Workload", "all_workloads", "check_room", "measure", "read_bandwidth", "record"]
+__all__ = ["Result", "Workload", "all_workloads", "by_weights", "check_room", "measure", "read_bandwidth", "record"]
 
 SEED = 0  # of the token ids
 _BACKENDS = {"cpu": "CPU", "gpu": "CUDA"}
@@ -130,7 +131,7 @@ def measure(
     workload: Workload,
     *,
     policy: str | Policy = "dense",
-    kv: str = "f16",
+    kv: str = "auto",
     repetitions: int = 5,
     warmup: bool = True,
     progress: Progress | None = None,
@@ -140,7 +141,9 @@ def measure(
     The model's session is left alone; its policy and KV type do not matter. progress: called with (tokens done, in
     all), never while the clock runs. Raises UsageError for an unknown policy or KV type, or one that does not fit.
     """
-    w, config, stores = workload, llama.config, get_stores(kv)
+    w, config, stores = workload, llama.config, get_stores(kv, llama.config.palu)
+    if stores[0].latent != llama.session.cache.plan.k_store.latent:
+        raise UsageError(f"--kv {kv} takes a model that was loaded for it: latents need other weights than their keys")
     decoder = Decoder(config, llama.decoder.weights, llama.decoder.ops, parse_policy(policy))
     decoder.policy.check(config, max(w.n_ctx, MIN_CONTEXT), *stores)
     plan = decoder.policy.plan(config, max(w.n_ctx, MIN_CONTEXT), *stores)
@@ -172,7 +175,9 @@ def measure(
         weight_bytes = bytes_per_token(llama.decoder.weights) / w.n_sequences
         seen = range(w.n_depth + 1, w.n_ctx + 1)
         kv_bytes = statistics.fmean(decoder.policy.bytes_read(config, plan, n) for n in seen)
-    return Result(w, str(decoder.policy), kv, test_time, tuple(samples[warmup:]), weight_bytes, kv_bytes)
+    return Result(
+        w, str(decoder.policy), stores_text(*stores), test_time, tuple(samples[warmup:]), weight_bytes, kv_bytes
+    )
 
 
 def _set_depth(
@@ -193,16 +198,18 @@ def _prefill(decoder: Decoder, cache: Cache, seq: int, prompt: list[int]) -> Non
 
 
 def check_room(
-    path: str | Path, workloads: Iterable[Workload], policies: Iterable[str | Policy], kvs: Iterable[str]
+    path: str | Path, workloads: Iterable[Workload], policies: Iterable[str | Policy], kvs: Sequence[str]
 ) -> None:
     """Raises UsageError if a policy does not fit a workload, or a workload's cache the memory beside the model.
 
     Nothing is loaded. ModelError as `open`.
     """
-    made = [(parse_policy(policy), get_stores(kv)) for policy in policies for kv in kvs]
-    free = available_memory()
+    chosen, free = [parse_policy(policy) for policy in policies], available_memory()
+    for kv in kvs:
+        store_names(kv)  # before the file is opened
     with GGUFFile.open(path) as file:
         config, weights = ModelConfig.from_gguf(file), _nbytes(file)
+        made = list(itertools.product(chosen, [get_stores(kv, config.palu) for kv in kvs]))
         for w in workloads:
             for policy, stores in made:
                 n_ctx = max(w.n_ctx, MIN_CONTEXT)
@@ -218,6 +225,14 @@ def check_room(
                     )
 
 
+def by_weights(path: str | Path, kvs: Sequence[str]) -> list[list[str]]:
+    """KV types as what they mean for a file, those together that a model loaded once can have: latents, and others."""
+    with GGUFFile.open(path) as file:
+        palu = ModelConfig.from_gguf(file).palu
+    stores = [get_stores(kv, palu) for kv in kvs]
+    return [[stores_text(*pair) for pair in same] for _, same in itertools.groupby(stores, lambda pair: pair[0].latent)]
+
+
 # -- what is written down ----------------------------------------------------------------------------------------------
 
 
@@ -231,7 +246,7 @@ def record(
     """
     file, ops, w = llama.file, llama.decoder.ops, result.workload
     speed, limit = result.bytes_per_second, memory_bytes_per_second
-    policy, (k, v) = parse_policy(result.policy), get_stores(result.kv)
+    policy, (k, v) = parse_policy(result.policy), get_stores(result.kv, llama.config.palu)
     return {
         "build_commit": __version__,
         "build_number": 0,

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import numpy as np
 
 from .config import ModelConfig
-from .ops import KV, Array, Ops
+from .ops import KV, Array, Factor, Ops
 from .rope import Angles, Rope
-from .stores import Store
+from .stores import Latents, Store
 
 T = TypeVar("T")
 
@@ -47,20 +47,28 @@ class CachePlan:
     window: int = 0  # of the model: a query sees its last `window` positions; 0: all
     side: Mapping[str, tuple[SideArray, ...]] = field(default_factory=dict)  # per layer
 
-    def row_bytes(self, config: ModelConfig) -> int:
-        """Bytes of the keys and values of one slot of one layer, all heads."""
-        d = config.head_dim
-        return config.n_head_kv * (self.k_store.row_bytes(d) + self.v_store.row_bytes(d))
+    def slot_bytes(self, config: ModelConfig, layer: int) -> int:
+        """Bytes of the keys and values of one slot of a layer, all heads."""
+        return self.k_store.slot_bytes(config, layer) + self.v_store.slot_bytes(config, layer)
 
-    def room(self, ops: Ops, slots: int, k: Array) -> KV:
-        """Memory for so many rows of one sequence like k [T, H_kv, d], for as long as a prompt is read."""
-        shape = (1, k.shape[1], slots, self.head_dim)
-        return KV(ops.allocate(self.k_store, shape), ops.allocate(self.v_store, shape))
+    def rows_bytes(self, config: ModelConfig, slots: Sequence[int]) -> int:
+        """Bytes of the keys and values of so many slots of each layer."""
+        return sum(n * self.slot_bytes(config, layer) for layer, n in enumerate(slots))
+
+    def room(self, ops: Ops, slots: int, like: KV) -> KV:
+        """Memory for so many rows of one sequence of a layer's cache, for as long as a prompt is read."""
+
+        def rows(store: Store, array: Array) -> Array:
+            if isinstance(array, Latents):
+                return ops.allocate(store, (1, array.shape[1], slots, array.numbers), array.factor)
+            return ops.allocate(store, (1, array.shape[1], slots, self.head_dim))
+
+        return KV(rows(self.k_store, like.k), rows(self.v_store, like.v))
 
     def nbytes(self, config: ModelConfig, n_sequences: int = 1) -> int:
         """Bytes of all K and V, and of the policy's arrays."""
         own = sum(array.nbytes for arrays in self.side.values() for array in arrays)
-        return n_sequences * (self.row_bytes(config) * sum(self.slots) + own)
+        return n_sequences * (self.rows_bytes(config, self.slots) + own)
 
 
 @dataclass
@@ -115,7 +123,7 @@ class Cache:
     def nbytes(self, config: ModelConfig, seq: int) -> int:
         """Bytes that a sequence has filled."""
         n = int(self.n_seen[seq])
-        total = sum(min(n, int(kv.k.shape[2])) for kv in self.layers) * self.plan.row_bytes(config)
+        total = self.plan.rows_bytes(config, [min(n, int(kv.k.shape[2])) for kv in self.layers])
         for arrays in self.plan.side.values():
             for array in arrays:
                 blocks = array.shape[1] if array.block else 1
@@ -165,13 +173,25 @@ def _renew(old: Any, new: Any, seen: dict[int, Any]) -> bool:
 
 
 def allocate_cache(
-    plan: CachePlan, config: ModelConfig, ops: Ops, n_sequences: int = 1, rope: Rope | None = None
+    plan: CachePlan,
+    config: ModelConfig,
+    ops: Ops,
+    n_sequences: int = 1,
+    rope: Rope | None = None,
+    factors: Sequence[tuple[Factor | None, Factor | None]] = (),
 ) -> Cache:
-    """An empty cache. Memory is only touched as it fills, so a long context costs nothing until it is used."""
+    """An empty cache. Memory is only touched as it fills, so a long context costs nothing until it is used.
+
+    factors: what rebuilds keys and values of each layer, if the stores are of latents.
+    """
     layers = []
-    for slots in plan.slots:
-        shape = (n_sequences, config.n_head_kv, slots, config.head_dim)
-        layers.append(KV(ops.allocate(plan.k_store, shape), ops.allocate(plan.v_store, shape)))
+    for layer, slots in enumerate(plan.slots):
+        of_layer = zip((plan.k_store, plan.v_store), factors[layer] if factors else (None, None), strict=True)
+        shapes = (
+            (store, (n_sequences, store.heads(config), slots, store.numbers(config, layer)), factor)
+            for store, factor in of_layer
+        )
+        layers.append(KV(*(ops.allocate(*rows) for rows in shapes)))
     side = {name: [ops.zeros((n_sequences, *a.shape), a.dtype) for a in arrays] for name, arrays in plan.side.items()}
     n_seen, pinned = np.zeros(n_sequences, np.int32), np.zeros(n_sequences, np.int32)
     limits = np.zeros((n_sequences, config.n_layer), np.int32)

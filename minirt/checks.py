@@ -35,8 +35,19 @@ def check_qkv(x: np.ndarray, layer: LayerWeights, config: ModelConfig, angles: A
     vectors = ((layer.bq, q), (layer.bk, kv), (layer.bv, kv), (layer.q_norm, d), (layer.k_norm, d))
     if any(v is not None and v.shape != (n,) for v, n in vectors):
         raise ValueError(f"biases or norms of heads do not fit heads of {d}")
-    if layer.wq.shape[0] != q or layer.wk.shape[0] != kv or layer.wv.shape[0] != kv:
-        raise ValueError(f"projections to {layer.wq.shape[0]} and {layer.wk.shape[0]} do not fit heads of {d}")
+    if layer.k_factor is not None:
+        both = ((layer.k_factor, layer.wk), (layer.v_factor, layer.wv))
+        if angles.pos is None or not all(_are_factors(matrix, factor, d) for factor, matrix in both):
+            raise ValueError(f"projections to {layer.wk.shape[0]} and {layer.wv.shape[0]} do not fit their factors")
+    elif layer.wk.shape[0] != kv or layer.wv.shape[0] != kv:
+        raise ValueError(f"projections to {layer.wk.shape[0]} and {layer.wv.shape[0]} do not fit heads of {d}")
+    if layer.wq.shape[0] != q:
+        raise ValueError(f"a projection to {layer.wq.shape[0]} does not fit heads of {d}")
+
+
+def _are_factors(first: Any, second: Any, d: int) -> bool:
+    """Whether a matrix [G r, n_embd] is the first factor of a low-rank projection."""
+    return second is not None and first.shape[0] % second.rank == 0 and second.head_dim == d
 
 
 def check_feed_forward(x: np.ndarray, layer: LayerWeights) -> None:
@@ -104,7 +115,7 @@ def check_overwrite(
     kv: KV, slot: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, pos: np.ndarray
 ) -> None:
     n_seq, n_head_kv, n_slot, _ = kv.k.shape
-    if k.shape != v.shape or k.shape[:2] != (n_seq, n_head_kv) or kv.v.shape[:3] != kv.k.shape[:3]:
+    if not k.shape[:2] == v.shape[:2] == (n_seq, n_head_kv) or kv.v.shape[:3] != kv.k.shape[:3]:
         raise ValueError(f"keys {k.shape} and values {v.shape} do not fit caches {kv.k.shape}, {kv.v.shape}")
     if len(slot) != n_seq or slot.shape[1] not in (1, n_head_kv) or len(pos) != n_seq:
         raise ValueError(f"slots {slot.shape} and positions of {len(pos)} tokens do not fit a cache {kv.k.shape}")

@@ -4,11 +4,13 @@ Symbols used everywhere in minirt:
     N  rows in a call (tokens of a prompt chunk, or one per sequence)     B  sequences
     S  cached tokens                                                      T  tokens of a prompt chunk
     H_q, H_kv  query and key/value heads      d  head_dim                 g = H_q / H_kv
+    G  groups of KV heads that share a latent (Palu)                      r  rank: numbers of a latent
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +18,8 @@ from .gguf_file import GGUFFile, show
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
 MAX_CONTEXT = 1 << 24
+LATENTS = ("f16", "q4", "q3")
+RANK_UNIT = 32  # a rank is a multiple of it, or full
 # Keys that would change the maths of a layer, and the only value each may have here.
 NEUTRAL = {
     "attention.causal": True,
@@ -44,6 +48,21 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
+class PaluConfig:
+    """Low-rank projections of keys and values (Palu, arXiv 2407.21118), as the keys `palu.*` of a file tell.
+
+    The projection of a group of KV heads is the product of two factors, [group_size d, r] and [r, n_embd]. What lies
+    between them, the latent, can be cached in place of keys and values.
+    """
+
+    group_size: int  # KV heads that share a latent
+    k_ranks: tuple[int, ...]  # r of keys, per layer
+    v_ranks: tuple[int, ...]
+    latent: str  # how latents are stored by default: one of LATENTS
+    hadamard: bool  # latents are rotated, which the factors have folded in
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Hyper-parameters of one model, validated: finite, positive, and dividing as they must."""
 
@@ -63,6 +82,7 @@ class ModelConfig:
     rope_interleaved: bool  # pairs are (2i, 2i+1) if true (llama), (i, i + rope_dim/2) if false (qwen)
     rope_scaling: RopeScaling
     sliding_window: int  # a query sees its last sliding_window positions, itself included; 0 = all
+    palu: PaluConfig | None = None
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> ModelConfig:
@@ -105,7 +125,16 @@ class ModelConfig:
             rope_interleaved=arch == "llama",
             rope_scaling=_rope_scaling(file, arch, n_ctx_train),
             sliding_window=file.get_int(f"{arch}.attention.sliding_window", 0),
+            palu=_palu(file, n_layer, n_head_kv, head_dim),
         )
+
+    def of_layers(self, layers: Sequence[int]) -> ModelConfig:
+        """The same model with some of its layers only."""
+        palu = self.palu
+        if palu is not None:
+            k_ranks, v_ranks = (tuple(ranks[i] for i in layers) for ranks in (palu.k_ranks, palu.v_ranks))
+            palu = replace(palu, k_ranks=k_ranks, v_ranks=v_ranks)
+        return replace(self, n_layer=len(layers), palu=palu)
 
 
 def _per_layer(file: GGUFFile, key: str, n_layer: int, high: int, default: int | None = None) -> int:
@@ -131,6 +160,29 @@ def _head_dim(file: GGUFFile, arch: str, n_embd: int, n_head: int) -> int:
     if head_dim != value_dim:
         raise file.error(f"{keys[1]} is {value_dim}, expected {keys[0]}, {head_dim}")
     return head_dim
+
+
+def _palu(file: GGUFFile, n_layer: int, n_head_kv: int, head_dim: int) -> PaluConfig | None:
+    if not any(key.startswith("palu.") for key in file.metadata):
+        return None
+    file.get_int("palu.version", low=1, high=1)
+    group_size = file.get_int("palu.group_size", low=1, high=n_head_kv)
+    if n_head_kv % group_size:
+        raise file.error(f"palu.group_size is {group_size}, expected a divisor of {n_head_kv} KV heads")
+    k_ranks, v_ranks = (_ranks(file, f"palu.{x}_rank", n_layer, group_size * head_dim) for x in "kv")
+    latent = file.get_str("palu.latent")
+    if latent not in LATENTS:
+        raise file.error(f"palu.latent is {show(latent)}, expected one of {', '.join(LATENTS)}")
+    return PaluConfig(group_size, k_ranks, v_ranks, latent, file.get_bool("palu.hadamard"))
+
+
+def _ranks(file: GGUFFile, key: str, n_layer: int, full: int) -> tuple[int, ...]:
+    ranks = tuple(file.get_array(key, int, length=n_layer).tolist())
+    for layer, rank in enumerate(ranks):
+        if rank != full and (rank % RANK_UNIT or not 0 < rank < full):
+            expected = f"a multiple of {RANK_UNIT} below {full}, or {full}, the width of a group"
+            raise file.error(f"{key} is {rank} in layer {layer}, expected {expected}")
+    return ranks
 
 
 def _n_vocab(file: GGUFFile, arch: str) -> int:

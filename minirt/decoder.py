@@ -39,7 +39,8 @@ class Decoder:
 
     def new_cache(self, plan: CachePlan, n_sequences: int = 1) -> Cache:
         """An empty cache for this model."""
-        return allocate_cache(plan, self.config, self.ops, n_sequences, self.rope)
+        factors = [(layer.k_factor, layer.v_factor) for layer in self.weights.layers]
+        return allocate_cache(plan, self.config, self.ops, n_sequences, self.rope, factors)
 
     def prefill(
         self,
@@ -125,7 +126,7 @@ class Decoder:
         """
         c, n = self.config, len(x)
         chunks = [slice(i, i + CHUNK) for i in range(0, n, CHUNK)]
-        turns = [Angles(angles.values[:, chunk], angles.interleaved) for chunk in chunks]
+        turns = [angles.part(chunk) for chunk in chunks]
         for layer, w in enumerate(self.weights.layers):
             parts = [ops.qkv(x[chunk], w, c, turn) for chunk, turn in zip(chunks, turns, strict=True)]
             q, k, v = parts[0] if len(parts) == 1 else (ops.concatenate(p) for p in zip(*parts, strict=True))

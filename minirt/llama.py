@@ -26,7 +26,7 @@ from .policies import Policy, parse_policy
 from .policies.base import BoundedPolicy
 from .sampling import Sampling
 from .session import Progress, Session, common_prefix
-from .stores import Store, get_stores
+from .stores import Store, get_stores, store_names
 from .tokenizer import Tokenizer
 from .weights import LAYER_TENSORS, Weights, load_weights
 
@@ -62,7 +62,7 @@ class Llama:
         *,
         n_ctx: int = 0,
         policy: str | Policy = "dense",
-        kv: str = "f16",
+        kv: str = "auto",
         device: str = "auto",
         threads: int | None = None,
         chat_template: str | None = None,
@@ -72,24 +72,27 @@ class Llama:
 
         n_ctx: tokens the session can hold; 0 = what the model was trained for, at most 8192.
         policy: which cached tokens are kept and read: a policy, or its text ("sparq:r=16:k=128"; see minirt.policies).
-        kv: how the cache lies in memory, "f16", "q8_0", or keys/values: "q8_0/q4_0" (see minirt.stores).
+        kv: how the cache lies in memory, "f16", "q8_0", or keys/values: "q8_0/q4_0" (see minirt.stores); "auto" is f16,
+        or for a file made by `minirt palu` what that says.
         device: auto, cpu or reference. threads: None = physical cores.
         chat_template: a Jinja file or text instead of the file's own. progress: called with (tensors done, in all).
         Raises ModelError if the file is not usable, UsageError if an argument is not.
         """
-        stores, ops, chosen = get_stores(kv), open_ops(device, threads), parse_policy(policy)
+        store_names(kv)  # before time is spent
+        ops, chosen = open_ops(device, threads), parse_policy(policy)
         file = GGUFFile.open(path if path is not None else default_model_path())
         config = ModelConfig.from_gguf(file)
         n_ctx = n_ctx or min(config.n_ctx_train, DEFAULT_CONTEXT)
         if not MIN_CONTEXT <= n_ctx <= MAX_CONTEXT:
             raise UsageError(f"--ctx {n_ctx} is out of range ({MIN_CONTEXT} to {MAX_CONTEXT})")
+        stores = get_stores(kv, config.palu)
         plan = _checked_plan(chosen, config, n_ctx, *stores)
         tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
         if tokenizer.n_vocab != config.n_vocab:
             raise ModelError(f"{file.path}: {tokenizer.n_vocab} tokens, but embeddings for {config.n_vocab}")
         template = load_template(chat_template, file.metadata, str(file.path))
         template.warm()
-        weights = load_weights(file, config, ops, progress)
+        weights = load_weights(file, config, ops, progress, plan.k_store.latent)
         decoder = Decoder(config, weights, ops, chosen)
         session = Session(decoder, decoder.new_cache(plan), n_ctx, bytes_per_token(weights))
         return cls(file, tokenizer, template, decoder, session)
@@ -142,11 +145,11 @@ class Llama:
             some.decode(cache, [0])
         # A prompt is computed otherwise than a few rows are: one layer of each kind is enough to see to that.
         kinds = {}
-        for i, layer in enumerate(d.weights.layers):
+        for i in range(self.config.n_layer):
             tensors = (self.file.tensors.get(f"blk.{i}.{name}") for name in LAYER_TENSORS.values())
-            kinds[tuple(tensor and tensor.type.name for tensor in tensors)] = layer
-        config = dataclasses.replace(self.config, n_layer=len(kinds))
-        few = Decoder(config, dataclasses.replace(d.weights, layers=list(kinds.values())), d.ops, small)
+            kinds[tuple(tensor and tensor.type.name for tensor in tensors)] = i
+        config, layers = self.config.of_layers([*kinds.values()]), [d.weights.layers[i] for i in kinds.values()]
+        few = Decoder(config, dataclasses.replace(d.weights, layers=layers), d.ops, small)
         cache = few.new_cache(small.plan(config, 2 * PROMPT, *stores))
         few.prefill(cache, [0] * PROMPT, logits="none")
         if small.name != "dense":

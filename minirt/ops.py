@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from .weights import LayerWeights
 
 Array = Any  # the device's array: numpy.ndarray, cupy.ndarray
+Factor = Any  # the device's second factor of low-rank keys or values, with .head_dim, .rank and .nbytes; see `factor`
 Matrix = Any  # the device's weight [n_out, n_in], in its own layout, with .shape and .nbytes, the bytes of reading it
 IntArray = np.ndarray  # host, int32
 
@@ -36,7 +37,11 @@ CODED_BLOCK, CODED_UNIT = 8192, 256  # the same of a coded one, where a unit sha
 
 
 class KV(NamedTuple):
-    """Keys and values of one layer: device arrays [B, H_kv, slots, d] in the layout of their stores."""
+    """Keys and values of one layer: device arrays [B, H_kv, slots, d] in the layout of their stores.
+
+    Or Latents [B, G, slots, r] (minirt.stores): what an op says of KV heads that rows are written to, scored or evicted
+    for holds for their G groups then, of keys and values for latents; attention is to the keys and values they rebuild.
+    """
 
     k: Array
     v: Array
@@ -85,6 +90,19 @@ class Ops(Protocol):
     def table(self, tensor: Tensor) -> Matrix:
         """The same for a tensor whose rows are looked up, not multiplied."""
 
+    def factor(
+        self,
+        tensor: Tensor,
+        config: ModelConfig,
+        bias: Array | None,
+        norm: Array | None = None,
+        rope: Rope | None = None,
+    ) -> Factor:
+        """Brings the second factor [H_kv d, r] of a layer's values, or of its keys with the rope, to the device.
+
+        A value is factor . latent + bias; a key is normed after that (if there is a norm) and turned at its position.
+        """
+
     def to_host(self, array: Array) -> np.ndarray:
         """The array as NumPy, after everything before it has run. A copy unless the device is the host."""
 
@@ -102,7 +120,10 @@ class Ops(Protocol):
 
     def qkv(self, x: Array, layer: LayerWeights, config: ModelConfig, angles: Angles) -> tuple[Array, Array, Array]:
         """Queries [N, H_q, d], keys and values [N, H_kv, d] of a layer: RMSNorm of x, three projections and their
-        biases, norms of the heads (qwen3), rotary embedding of queries and keys (RoFormer, arXiv 2104.09864)."""
+        biases, norms of the heads (qwen3), rotary embedding of queries and keys (RoFormer, arXiv 2104.09864).
+
+        Of a layer with factors latents: of keys [N, G, r + 1], the last number of which is the true position, and of
+        values [N, G, r]."""
 
     def add_linear(self, x: Array, h: Array, matrix: Matrix) -> None:
         """x += h @ matrix.T, in place; h [N, n_in], x [N, n_out]."""
@@ -117,8 +138,10 @@ class Ops(Protocol):
         """What `qkv` needs for the true positions `pos` [N]; made once per forward pass."""
 
     # -- cache ---------------------------------------------------------------------------------------------------------
-    def allocate(self, store: Store, shape: tuple[int, int, int, int]) -> Array:
-        """An empty K or V of logical shape [B, H_kv, slots, d] in the store's layout; memory is touched as it fills."""
+    def allocate(self, store: Store, shape: tuple[int, int, int, int], factor: Factor | None = None) -> Array:
+        """An empty K or V of logical shape [B, H_kv, slots, d] in the store's layout; memory is touched as it fills.
+
+        With a factor: Latents, [B, G, slots, numbers of a row]."""
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
         """A policy's own array; memory is touched as it fills."""

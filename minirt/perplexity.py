@@ -33,7 +33,7 @@ from .decoder import Decoder
 from .errors import ModelError
 from .policies import Dense
 from .session import prompt_chunks
-from .stores import Store, get_store
+from .stores import Store, get_store, get_stores
 
 if TYPE_CHECKING:
     from .cache import Cache
@@ -172,6 +172,8 @@ def _stores(llama: Llama) -> tuple[Store, Store]:
 
 def _exact_stores(llama: Llama) -> tuple[Store, Store]:
     """Those of the cache that a policy or a quantised cache is compared with."""
+    if llama.session.cache.plan.k_store.latent:
+        return get_stores("latent-f16", llama.config.palu)
     k, v = (get_store("f16") if store.length > 1 else store for store in _stores(llama))
     return k, v
 

@@ -43,6 +43,11 @@ class Angles(NamedTuple):
 
     values: Any  # the device's array [2, N, rope_dim / 2]: cosines and sines, times the magnitude
     interleaved: bool
+    pos: np.ndarray | None = None  # host int32 [N]: latents of keys keep it, to be turned when they are rebuilt
+
+    def part(self, rows: slice) -> Angles:
+        """Those of some of the positions, in the same memory."""
+        return Angles(self.values[:, rows], self.interleaved, None if self.pos is None else self.pos[rows])
 
 
 def make_rope(config: ModelConfig, factors: np.ndarray | None = None) -> Rope:

@@ -49,7 +49,7 @@ def test_every_tensor_reaches_its_field(tmp_path: Path, arch: str) -> None:
 
 
 def test_every_field_has_a_tensor_name() -> None:
-    assert [f.name for f in fields(LayerWeights)] == list(LAYER_TENSORS)
+    assert [f.name for f in fields(LayerWeights)] == [*LAYER_TENSORS, "k_factor", "v_factor"]
 
 
 def test_a_tied_output_is_the_embedding(tmp_path: Path) -> None:

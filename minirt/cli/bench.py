@@ -12,7 +12,7 @@ import click
 from ..errors import UsageError
 from ..progress import Progress
 from .bench_output import FORMATS, open_output
-from .options import Engine
+from .options import KV_DEFAULT, KV_HELP, Engine
 from .policy_flags import PolicyCommand
 
 MAX_NUMBER = 1 << 24
@@ -128,9 +128,10 @@ Examples:
 )
 @_list(
     "--kv kvs",
-    "f16",
-    "How keys and values are stored: f32, f16, q8_0, q4_0, or as q8_0/q4_0.",
+    "auto",
+    KV_HELP,
     _names,
+    KV_DEFAULT,
     metavar="TYPE,...",
 )
 @click.option(
@@ -171,7 +172,7 @@ def bench(
     GB/s: the weights and the cache that text generation had to read. The last column is its share of what the same
     threads read from memory, measured just before; it can exceed 100 % if a model fits the processor's caches.
     """
-    from ..bench import all_workloads, check_room, measure, read_bandwidth, record
+    from ..bench import all_workloads, by_weights, check_room, measure, read_bandwidth, record
     from ..devices import physical_cores
     from ..llama import MIN_CONTEXT, default_model_path
     from ..policies import parse_policy
@@ -185,10 +186,13 @@ def bench(
     paths = models or (str(default_model_path()),)
     for path in paths:
         check_room(path, workloads, chosen, kvs)
-    shown = {"policy": policies != ["dense"], "kv": kvs != ["f16"], "batch": sequences != [1]}
+    types = {path: by_weights(path, kvs) for path in paths}
+    kv_shown = any(of_file != [["f16"]] for of_file in types.values())
+    shown = {"policy": policies != ["dense"], "kv": kv_shown, "batch": sequences != [1]}
     columns, width = {name for name, wanted in shown.items() if wanted}, max(len(str(policy)) for policy in chosen)
     with open_output(output, columns, width) as write:
-        for path, n_threads in itertools.product(paths, threads or (physical_cores(),)):
+        loads = ((path, kvs) for path in paths for kvs in types[path])
+        for (path, kvs), n_threads in itertools.product(loads, threads or (physical_cores(),)):
             with Engine("dense", kvs[0], device, n_threads, MIN_CONTEXT).load(path) as llama:
                 with Progress("compiling kernels for this CPU"):
                     for policy in chosen:

@@ -13,7 +13,7 @@ import click
 from ..progress import Progress
 from .bench_output import FORMATS
 from .eval_output import check_writable, open_table, save_plot
-from .options import Engine, model_argument
+from .options import KV_DEFAULT, KV_HELP, Engine, model_argument
 from .policy_flags import PolicyCommand
 from .terminal import read_file
 
@@ -91,9 +91,9 @@ Examples:
 )  # fmt: skip
 @click.option(
     "--kv",
-    default="f16",
+    default="auto",
     metavar="TYPE",
-    help="How keys and values are stored: f32, f16, q8_0, q4_0, or as q8_0/q4_0.  [default: f16]",
+    help=f"{KV_HELP}  [default: {KV_DEFAULT}]",
 )
 @click.option(
     "--device", default="auto", metavar="NAME",
@@ -152,7 +152,7 @@ def evaluate(
         with Progress("making the examples"):
             setup = Setup.of(path, kv, made, n_examples, seed, length, n_ctx)
         setup.check(grid)
-        engine = Engine(policy=BASELINE, kv=kv, device=device, threads=threads, n_ctx=setup.n_ctx)
+        engine = Engine(policy=BASELINE, kv=setup.kv, device=device, threads=threads, n_ctx=setup.n_ctx)
         with engine.load(str(path)) as llama:
             with Progress("compiling the policies' kernels"):
                 for policy in grid:
@@ -160,7 +160,7 @@ def evaluate(
             asked = [*grid, NO_CONTEXT] if no_context else grid
             records = _run(llama, setup, list(itertools.product(made, asked)), results, output)
     if plot is not None:
-        save_plot(plot, records, f"{records[0]['model_type']}, {kv} cache")
+        save_plot(plot, records, f"{records[0]['model_type']}, {setup.kv} cache")
 
 
 def _run(

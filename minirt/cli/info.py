@@ -95,31 +95,34 @@ def _facts(file: GGUFFile, config: ModelConfig | None, tokenizer: Tokenizer, n_c
 def _memory(config: ModelConfig, n_ctx: int | None) -> list[dict[str, int]]:
     """Bytes of a full KV cache, by context length (1: of a token) and store."""
     from ..policies import Dense
-    from ..stores import STORES
+    from ..stores import LATENT_BITS, STORES, get_stores
 
     policy = Dense()
-    stores = {name: s for name, s in STORES.items() if not name.endswith("-plain") and config.head_dim % s.length == 0}
+    names = [name for name, s in STORES.items() if not name.endswith("-plain") and config.head_dim % s.length == 0]
+    names = names if config.palu is None else ["f16", *LATENT_BITS]
+    stores = {name: get_stores(name, config.palu) for name in names}
     lengths = {n for n in CONTEXTS if n < config.n_ctx_train} | {1, config.n_ctx_train} | ({n_ctx} if n_ctx else set())
     return [
-        {"n_ctx": n} | {name: policy.plan(config, n, store, store).nbytes(config) for name, store in stores.items()}
+        {"n_ctx": n} | {name: policy.plan(config, n, *pair).nbytes(config) for name, pair in stores.items()}
         for n in sorted(lengths)
     ]
 
 
 def _policies(config: ModelConfig, n_ctx: int) -> list[dict[str, Any]]:
-    """What each KV policy that fits holds of a full context, and reads of it for a token: bytes, float16."""
+    """What each KV policy that fits holds of a full context, and reads of it for a token: bytes, of the cache that the
+    model has if nothing else is asked for."""
     from ..errors import UsageError
     from ..policies import POLICIES, parse_policy
-    from ..stores import STORES
+    from ..stores import get_stores
 
-    found, store = [], STORES["f16"]
+    found, stores = [], get_stores("auto", config.palu)
     for name in POLICIES:
         policy = parse_policy(name)
         try:
-            policy.check(config, n_ctx, store, store)
+            policy.check(config, n_ctx, *stores)
         except UsageError:
             continue
-        plan = policy.plan(config, n_ctx, store, store)
+        plan = policy.plan(config, n_ctx, *stores)
         read = policy.bytes_read(config, plan, n_ctx)
         held = max(plan.nbytes(config), read)  # a layer may turn out to need more than was planned
         found.append({"policy": name, "n_ctx": n_ctx, "bytes_held": held, "bytes_read": read})
@@ -145,6 +148,8 @@ def _text(facts: dict[str, Any]) -> str:
             f"  RoPE             base {model['rope_base']:g}, {model['rope_dim']} dimensions, scaling {scaling['kind']}"
             + (f" x {scaling['factor']:g}" if scaling["kind"] != "none" else ""),
         ]
+        if model["palu"]:
+            lines += _palu_lines(model)
         if model["sliding_window"]:
             lines.append(f"  sliding window   {model['sliding_window']}")
         lines += ["", f"weights, {_size(facts['weight_bytes'])}"]
@@ -169,11 +174,24 @@ def _text(facts: dict[str, Any]) -> str:
             whole, weights = row["n_ctx"] > 1, facts["weight_bytes"]
             cells = (f"{_size(row[s])} ({_size(row[s] + weights)})" if whole else f"{row[s]} bytes" for s in stores)
             lines.append(f"  {row['n_ctx']:7d}  " + "".join(f"{cell:>24}" for cell in cells))
-        lines += ["", f"KV policies at {facts['policies'][0]['n_ctx']} tokens, --kv f16"]
+        kv = f"latent-{model['palu']['latent']}" if model["palu"] else "f16"
+        lines += ["", f"KV policies at {facts['policies'][0]['n_ctx']} tokens, --kv {kv}"]
         lines.append(f"  --policy    {'held':>12}{'read per token':>18}")
         for row in facts["policies"]:
             lines.append(f"  {row['policy']:12}{_size(row['bytes_held']):>12}{_size(row['bytes_read']):>18}")
     return "\n".join(lines)
+
+
+def _palu_lines(model: dict[str, Any]) -> list[str]:
+    palu = model["palu"]
+    lines = [
+        f"  Palu             {model['n_head_kv'] // palu['group_size']} groups of {palu['group_size']} KV heads, "
+        f"{palu['latent']} latents{', rotated' if palu['hadamard'] else ''}"
+    ]
+    for what, ranks in (("keys", palu["k_ranks"]), ("values", palu["v_ranks"])):
+        mean, full = sum(ranks) / len(ranks), palu["group_size"] * model["head_dim"]
+        lines.append(f"  ranks of {what:8}{min(ranks)} to {max(ranks)}, mean {mean:.1f}, of {full}")
+    return lines
 
 
 def _size(n: int) -> str:

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 model_argument = click.argument("model", required=False)
+KV_HELP = "How keys and values are stored: f32, f16, q8_0, q4_0; of a `minirt palu` file palu, latent-f16, -q4 or -q3."
+KV_DEFAULT = "f16; palu of a file that has it"
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 stats_option = click.option(
     "--stats/--no-stats", default=True, help="Speed and memory, a line on stderr.  [default: on]"
@@ -76,7 +78,7 @@ def engine_options(n_ctx: int = 0, templates: bool = True) -> Callable[[Command]
     ctx_default = str(n_ctx) if n_ctx else "the model's, at most 8192"
     options = [
         _option("--policy", str, "dense", "Which cached tokens are kept and read, also as NAME:r=16.", metavar="NAME"),
-        _option("--kv", str, "f16", "How keys and values are stored: f32, f16, q8_0 or q4_0.", metavar="TYPE"),
+        _option("--kv", str, "auto", KV_HELP, KV_DEFAULT, metavar="TYPE"),
         _option("--kv-k", str, None, "... keys, if not as values.", metavar="TYPE"),
         _option("--kv-v", str, None, "... values, if not as keys.", metavar="TYPE"),
         _option("--device", str, "auto", "auto, cpu, gpu, or reference (NumPy: slow, exact).", metavar="NAME"),
@@ -94,10 +96,10 @@ def _engine(
     policy: str, flags: list[tuple[str, str]], kv: str, kv_k: str | None, kv_v: str | None, **values: Any
 ) -> Engine:
     from ..policies import parse_policy
-    from ..stores import get_store, get_stores, stores_text
+    from ..stores import store_names
 
-    k, v = get_stores(kv)
-    kv = stores_text(get_store(kv_k) if kv_k else k, get_store(kv_v) if kv_v else v)
+    k, v = store_names(kv)
+    kv = "/".join(store_names(f"{kv_k or k}/{kv_v or v}"))
     return Engine(policy=parse_policy(policy, flags), kv=kv, **values)
 
 

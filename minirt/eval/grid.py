@@ -17,7 +17,7 @@ from ..policies import Budget, Policy, parse_policy
 from ..policies.base import BoundedPolicy
 from ..policies.budget import FEWEST
 from ..session import Progress
-from ..stores import get_stores
+from ..stores import get_stores, stores_text
 from ..tokenizer import Tokenizer
 from .example import TOKENS, Example
 from .results import Results, fingerprint
@@ -70,6 +70,7 @@ class Setup:
         with GGUFFile.open(path) as file:
             config = ModelConfig.from_gguf(file)
             tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
+        kv = stores_text(*get_stores(kv, config.palu))
         limit = n_ctx or config.n_ctx_train
         if length is None:
             length = min(TOKENS, max(limit - ROOM, limit // 2))
@@ -106,7 +107,7 @@ class Setup:
 
     def check(self, policies: Iterable[str]) -> None:
         """Raises UsageError for a policy that does not fit the model, the context or a prompt, or for an unknown kv."""
-        stores = get_stores(self.kv)
+        stores = get_stores(self.kv, self.config.palu)
         shortest = min(len(example.prompt) for examples in self.examples.values() for example in examples)
         for policy in policies:
             fitted(policy, shortest).check(self.config, self.n_ctx, *stores)
@@ -150,7 +151,7 @@ def record(llama: Llama, setup: Setup, task: Task, policy: str, results: Results
     summary = summarise(rows, setup.rows(task.name, BASELINE, results) if policy != BASELINE else [])
     if policy == NO_CONTEXT:
         summary["share_of_dense"] = None  # of what is not there
-    k, v = get_stores(setup.kv)
+    k, v = get_stores(setup.kv, setup.config.palu)
     return {
         "model_filename": str(setup.path),
         "model_type": model_type(llama.file, llama.config),

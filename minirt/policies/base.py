@@ -11,7 +11,7 @@ from ..cache import Cache, CachePlan
 from ..config import ModelConfig
 from ..errors import UsageError
 from ..ops import Ops
-from ..stores import Store
+from ..stores import MAX_POSITION, Store
 from .budget import Budget
 
 Own = TypeVar("Own", bound="BasePolicy")
@@ -46,6 +46,7 @@ def flag(name: str) -> str:
 class BasePolicy:
     name: ClassVar[str] = ""
     whole_prompt: ClassVar[bool] = False  # a prompt must come in one call of `prefill`, not in chunks
+    needs_rows: ClassVar[str] = ""  # what it does with keys and values as they are, which latents are not
 
     def __post_init__(self) -> None:
         for name, f in parameters(self).items():
@@ -67,12 +68,21 @@ class BasePolicy:
 
     def check(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> None:
         """Raises UsageError if the parameters do not fit the model or the context."""
-        check_stores(config, k_store, v_store)
+        self.check_stores(config, n_ctx, k_store, v_store)
         if config.sliding_window:
             raise UsageError(
                 f"--policy {self.name}: this model itself reads only the last {config.sliding_window} tokens; "
                 "it runs with --policy dense"
             )
+
+    def check_stores(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> None:
+        """Raises UsageError if rows cannot be stored so, or be used so."""
+        for store in (k_store, v_store):
+            store.check(config.head_dim)
+            if store.latent and self.needs_rows:
+                raise UsageError(f"--policy {self.name} {self.needs_rows}, which --kv {store.name} does not store")
+            if store.latent and n_ctx > MAX_POSITION:
+                raise UsageError(f"--ctx {n_ctx} is out of range (up to {MAX_POSITION} with --kv {store.name})")
 
     def small(self: Own) -> Own:
         """The same method with parameters that act on a text of a few tokens: to compile its kernels."""
@@ -90,11 +100,6 @@ class BasePolicy:
     def held(self, config: ModelConfig, cache: Cache, seq: int) -> int:
         """Tokens whose keys and values the layers hold, on average."""
         return int(cache.n_seen[seq])
-
-
-def check_stores(config: ModelConfig, k_store: Store, v_store: Store) -> None:
-    for store in (k_store, v_store):
-        store.check(config.head_dim)
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class D2O(Evicting):
     beta: float = parameter(0.7, "How fast the threshold of merging moves.", float, least=0, most=1)
     e: float = parameter(float(np.e), "Weight of the token that others are merged into.", float, least=0, most=1000)
     share_of_newest: ClassVar[float] = 0.25
+    needs_rows: ClassVar[str] = "merges keys and values"
 
     def check(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> None:
         super().check(config, n_ctx, k_store, v_store)

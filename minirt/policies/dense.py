@@ -15,7 +15,7 @@ from ..cache import Cache, CachePlan
 from ..config import ModelConfig
 from ..ops import Array, Ops
 from ..stores import Store
-from .base import BasePolicy, check_stores
+from .base import BasePolicy
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Dense(BasePolicy):
     name: ClassVar[str] = "dense"
 
     def check(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> None:
-        check_stores(config, k_store, v_store)
+        self.check_stores(config, n_ctx, k_store, v_store)
 
     def plan(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> CachePlan:
         plan = CachePlan((n_ctx,) * config.n_layer, k_store, v_store, n_ctx, config.head_dim)
@@ -41,7 +41,7 @@ class Dense(BasePolicy):
         return ops.attend(q, cache.layers[layer], first, stop)
 
     def bytes_read(self, config: ModelConfig, plan: CachePlan, n: int) -> int:
-        return config.n_layer * plan.row_bytes(config) * (min(n, plan.window) if plan.window else n)
+        return plan.rows_bytes(config, (min(n, plan.window) if plan.window else n,) * config.n_layer)
 
 
 def _ranges(cache: Cache) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -82,7 +82,7 @@ class Evicting(BoundedPolicy):
 
     # -- the protocol --------------------------------------------------------------------------------------------------
     def plan(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> CachePlan:
-        slots, heads = self.kept(config, n_ctx, k_store, v_store) + 1, 1 if self.shared else config.n_head_kv
+        slots, heads = self.kept(config, n_ctx, k_store, v_store) + 1, 1 if self.shared else k_store.heads(config)
         arrays = {
             "positions": SideArray((heads, slots), _INT32),
             "scores": SideArray((heads, slots), _FLOAT32),
@@ -135,11 +135,9 @@ class Evicting(BoundedPolicy):
     def bytes_read(self, config: ModelConfig, plan: CachePlan, n: int) -> int:
         """K and V of the budget and of the new token, and the scores: 2 k d + 2 d + S (SparQ, appendix F; writes are
         not counted)."""
-        total = 0
-        for slots, scores in zip(plan.slots, plan.side["scores"], strict=True):
-            held = min(n, slots)
-            total += held * plan.row_bytes(config) + 4 * held * scores.shape[0]
-        return total
+        held = [min(n, slots) for slots in plan.slots]
+        of_scores = sum(4 * m * scores.shape[0] for m, scores in zip(held, plan.side["scores"], strict=True))
+        return plan.rows_bytes(config, held) + of_scores
 
     # -- the pieces ----------------------------------------------------------------------------------------------------
     def limits(self, cache: Cache, layer: int) -> np.ndarray:
@@ -177,7 +175,7 @@ class Evicting(BoundedPolicy):
             rows = ops.argsort(arrays[0][:, : min(n, limit + 1)])[:, :held]  # a free slot comes after all others
             heads, total = arrays[0].shape[0], held + t
             new = ops.zeros((heads, total), _INT32), ops.zeros((heads, total), _FLOAT32)
-            room = Room(own.plan.room(ops, total, k), *new, total, False)
+            room = Room(own.plan.room(ops, total, kv), *new, total, False)
             ops.copy_rows(kv, rows, room.kv, 0)
             for target, source in zip(room[1:3], arrays, strict=True):
                 target[:, :held] = ops.take(source, rows)

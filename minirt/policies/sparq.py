@@ -45,6 +45,7 @@ _FLOAT16, _FLOAT32, _UINT32 = np.dtype(np.float16), np.dtype(np.float32), np.dty
 @dataclass(frozen=True)
 class SparQ(BasePolicy):
     name: ClassVar[str] = "sparq"
+    needs_rows: ClassVar[str] = "reads components of keys"
     r: int = parameter(32, "Components of a query that choose what is read.", least=1)
     k: int = parameter(128, "Tokens that are read.", least=1)
     local: int | None = parameter(None, "... of which the newest are always read.  [default: k / 4]", least=0)
@@ -122,11 +123,11 @@ class SparQ(BasePolicy):
 
     def bytes_read(self, config: ModelConfig, plan: CachePlan, n: int) -> int:
         """S r of the index, 2 k d of rows, d of v_bar (section 4.2, appendix F; what a step writes is not counted)."""
-        d, row = config.head_dim, plan.row_bytes(config)
+        d, rows = config.head_dim, plan.rows_bytes(config, (min(n, self.k),) * config.n_layer)
         if n <= self.k:
-            return config.n_layer * row * n
+            return rows
         mean = 4 * d if "mean" in plan.side else 0
-        return config.n_layer * (config.n_head_kv * (self._index_bytes(plan, n) + mean) + row * self.k)
+        return rows + config.n_layer * config.n_head_kv * (self._index_bytes(plan, n) + mean)
 
     def _index_bytes(self, plan: CachePlan, n: int) -> int:
         """Of a KV head, in step 1: r components; where they have no codes, rows."""

@@ -24,6 +24,7 @@ from .sparq import check_k, every_token
 class TopK(Dense):
     name: ClassVar[str] = "topk"
     k: int = parameter(128, "Tokens whose values are read.", least=1)
+    needs_rows: ClassVar[str] = "reads values of single tokens"
 
     def check(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> None:
         super(Dense, self).check(config, n_ctx, k_store, v_store)

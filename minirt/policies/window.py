@@ -63,6 +63,10 @@ class Window(BoundedPolicy):
         """By how much keys at positions pos are turned to be those of sinks; None: not at all."""
         return None
 
+    def sink_keys(self, ops: Ops, cache: Cache, k: Array, turns: Angles | None) -> Array:
+        """What is stored as keys of sinks."""
+        return _turned(ops, k, turns)
+
     def plan(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> CachePlan:
         kept = self.kept(config, n_ctx, k_store, v_store)
         return CachePlan((kept,) * config.n_layer, k_store, v_store, n_ctx, config.head_dim)
@@ -75,14 +79,14 @@ class Window(BoundedPolicy):
         pos = np.arange(n, n + t, dtype=np.int32)
         if n < sinks:
             m = min(sinks - n, t)
-            keys = _turned(ops, k[:m], self.sink_turns(ops, cache, pos[:m]))
+            keys = self.sink_keys(ops, cache, k[:m], self.sink_turns(ops, cache, pos[:m]))
             ops.append(kv, np.zeros(m, np.int32), pos[:m], keys, v[:m])
         if n + t <= length:
             ops.append(ring, np.zeros(t, np.int32), pos, k, v)
             return ops.attend_chunk(q, ring, 0, n)
         held = min(n, length)
         before = np.arange(n - held, n, dtype=np.int32) % length
-        room = cache.plan.room(ops, held + t, k)
+        room = cache.plan.room(ops, held + t, kv)
         ops.copy_rows(ring, ops.indices(before[None]), room, 0)
         ops.append(room, np.zeros(t, np.int32), np.arange(held, held + t, dtype=np.int32), k, v)
         last = min(t, length)
@@ -103,7 +107,7 @@ class Window(BoundedPolicy):
         kv, pos, step = cache.layers[layer], cache.n_seen, cache.once(lambda: self._step(ops, cache))
         ops.append(kv, step.every, step.slot, k, v)
         for b, turns in zip(step.begin, step.key_turns, strict=True):
-            key = _turned(ops, k[b : b + 1], turns)
+            key = self.sink_keys(ops, cache, k[b : b + 1], turns)
             ops.append(kv, step.every[b : b + 1], pos[b : b + 1], key, v[b : b + 1])
         far = None if step.far is None else Far(_turned(ops, q, step.turns), step.far)
         return ops.attend(q, kv, step.sinks, step.stop, far)
@@ -137,7 +141,7 @@ class Window(BoundedPolicy):
         return min(int(cache.n_seen[seq]), cache.plan.slots[0])
 
     def bytes_read(self, config: ModelConfig, plan: CachePlan, n: int) -> int:
-        return config.n_layer * plan.row_bytes(config) * min(n, plan.slots[0])
+        return plan.rows_bytes(config, [min(n, slots) for slots in plan.slots])
 
 
 def _turned(ops: Ops, x: Array, turns: Angles | None) -> Array:
@@ -203,4 +207,11 @@ class LMInfinite(_WithSinks):
         return np.minimum(pos, length if self.limit is None else self.limit)
 
     def sink_turns(self, ops: Ops, cache: Cache, pos: np.ndarray) -> Angles | None:
-        return cache.turns(ops, -pos)
+        return None if cache.plan.k_store.latent else cache.turns(ops, -pos)
+
+    def sink_keys(self, ops: Ops, cache: Cache, k: Array, turns: Angles | None) -> Array:
+        if not cache.plan.k_store.latent:
+            return super().sink_keys(ops, cache, k, turns)
+        k = ops.concatenate([k])  # turned when they are rebuilt, at the position that is their last number
+        k[..., -1] = 0
+        return k

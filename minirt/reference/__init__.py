@@ -7,7 +7,6 @@ reads few of them in `sparse`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,25 +16,15 @@ from ..dequantize import dequantize
 from ..gguf_file import Tensor
 from ..ops import Ops
 from ..rope import Angles, Rope
-from .attention import AttentionOps, turn
+from .attention import AttentionOps
 from .eviction import EvictionOps
+from .low_rank import Factor, with_positions
+from .rows import DenseMatrix, rms_norm, turn
 from .sparse import SparseOps
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
     from ..weights import LayerWeights
-
-
-@dataclass(frozen=True)
-class DenseMatrix:
-    """A dequantised weight."""
-
-    values: np.ndarray  # float32 [n_out, n_in]
-    nbytes: int  # in the file
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.values.shape
 
 
 class ReferenceOps(AttentionOps, EvictionOps, SparseOps):
@@ -49,6 +38,16 @@ class ReferenceOps(AttentionOps, EvictionOps, SparseOps):
 
     def table(self, tensor: Tensor) -> DenseMatrix:
         return self.matrix(tensor)
+
+    def factor(
+        self,
+        tensor: Tensor,
+        config: ModelConfig,
+        bias: np.ndarray | None,
+        norm: np.ndarray | None = None,
+        rope: Rope | None = None,
+    ) -> Factor:
+        return Factor(self.matrix(tensor), config.n_head_kv, bias, norm, config.rms_eps, rope)
 
     def to_host(self, array: np.ndarray) -> np.ndarray:
         return array
@@ -66,13 +65,20 @@ class ReferenceOps(AttentionOps, EvictionOps, SparseOps):
         check_qkv(x, layer, config, angles)
         h = rms_norm(x, layer.attn_norm, config.rms_eps)
 
+        def latents(matrix: DenseMatrix, factor: Factor) -> np.ndarray:
+            return (h @ matrix.values.T).astype(np.float32).reshape(len(x), -1, factor.rank)
+
         def project(matrix: DenseMatrix, bias: np.ndarray | None, norm: np.ndarray | None) -> np.ndarray:
             out = h @ matrix.values.T + (0.0 if bias is None else bias)
             heads = out.astype(np.float32).reshape(len(x), -1, config.head_dim)
             return heads if norm is None else rms_norm(heads, norm, config.rms_eps)
 
-        q, k = project(layer.wq, layer.bq, layer.q_norm), project(layer.wk, layer.bk, layer.k_norm)
+        q = project(layer.wq, layer.bq, layer.q_norm)
         turn(q, angles)
+        if layer.k_factor is not None and layer.v_factor is not None:
+            k = with_positions(latents(layer.wk, layer.k_factor), angles)
+            return q, k, latents(layer.wv, layer.v_factor)
+        k = project(layer.wk, layer.bk, layer.k_norm)
         turn(k, angles)
         return q, k, project(layer.wv, layer.bv, None)
 
@@ -89,13 +95,7 @@ class ReferenceOps(AttentionOps, EvictionOps, SparseOps):
         return rms_norm(x, norm, eps) @ matrix.values.T
 
     def angles(self, rope: Rope, pos: np.ndarray) -> Angles:
-        return Angles(rope.angles(pos), rope.interleaved)
-
-
-def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis (arXiv 1910.07467)."""
-    mean = np.mean(np.square(x, dtype=np.float64), axis=-1, keepdims=True)
-    return (x * (1.0 / np.sqrt(mean + eps)).astype(np.float32)) * weight
+        return Angles(rope.angles(pos), rope.interleaved, pos)
 
 
 def silu(x: np.ndarray) -> np.ndarray:

@@ -9,12 +9,17 @@ import numpy as np
 from ..checks import check_chunk, check_far, check_join, check_ranges, check_rotation, check_slots
 from ..ops import KV, Far
 from ..rope import Angles
-from ..stores import STORES, Store
+from ..stores import STORES, Latents, LatentStore, Store
+from .low_rank import Factor, rebuilt
+from .rows import turn
+
+Rows = np.ndarray | Latents  # of a cache
 
 
 class AttentionOps:
-    def allocate(self, store: Store, shape: tuple[int, int, int, int]) -> np.ndarray:
-        return np.zeros((*shape[:3], store.items(shape[3])), store.dtype)
+    def allocate(self, store: Store, shape: tuple[int, int, int, int], factor: Factor | None = None) -> Rows:
+        rows = np.zeros((*shape[:3], store.items(shape[3])), store.dtype)
+        return Latents(rows, store, factor) if isinstance(store, LatentStore) else rows
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         return np.zeros(shape, dtype)
@@ -24,20 +29,20 @@ class AttentionOps:
 
     def append(self, kv: KV, seq: np.ndarray, slot: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         check_slots(kv, seq, slot)
-        kv.k[seq, :, slot] = store_of(kv.k).encode(k)
-        kv.v[seq, :, slot] = store_of(kv.v).encode(v)
+        stored(kv.k)[seq, :, slot] = store_of(kv.k).encode(k)
+        stored(kv.v)[seq, :, slot] = store_of(kv.v).encode(v)
 
     def attend(self, q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray, far: Far | None = None) -> np.ndarray:
         check_ranges(q, kv, first, stop)
         out = np.zeros_like(q)
         for b, (i, j) in enumerate(zip(first, stop, strict=True)):
             logits = scaled_logits(q[b], kv.k[b, :, i:j])
-            values = kv.v[b, :, i:j]
+            values = decoded(kv.v[b, :, i:j])
             if far is not None:
                 check_far(q, far, first)
                 n = far.stop[b]
                 logits = np.concatenate([scaled_logits(far.q[b], kv.k[b, :, :n]), logits], axis=1)
-                values = np.concatenate([kv.v[b, :, :n], values], axis=1)
+                values = np.concatenate([decoded(kv.v[b, :, :n]), values], axis=1)
             if logits.shape[1]:
                 out[b] = weighted_values(softmax(logits), values)
         return out
@@ -57,7 +62,7 @@ class AttentionOps:
         row, slot = np.arange(start, start + len(q))[:, None], np.arange(stop)
         visible = (slot <= row) & ((slot > row - window) if window else True)
         mask = np.where(visible, 0.0, -np.inf).astype(np.float32)
-        keys, values = (store_of(a).decode(a[seq, :, :stop]) for a in kv)
+        keys, values = (decoded(a[seq, :, :stop]) for a in kv)
         group, scale = q.shape[1] // len(keys), np.float32(np.sqrt(q.shape[2]))
         out = np.empty_like(q)
         for h in range(q.shape[1]):
@@ -87,19 +92,10 @@ class AttentionOps:
         return np.concatenate(parts)
 
 
-def turn(x: np.ndarray, angles: Angles) -> None:
-    """Rotates the leading components of each head of x [N, H, d], in place."""
-    cos, sin = angles.values[:, :, None, :]
-    dim = 2 * cos.shape[-1]
-    a, b = (x[..., 0:dim:2], x[..., 1:dim:2]) if angles.interleaved else (x[..., : dim // 2], x[..., dim // 2 : dim])
-    a[:], b[:] = a * cos - b * sin, a * sin + b * cos
-
-
-def scaled_logits(q: np.ndarray, k: np.ndarray) -> np.ndarray:
+def scaled_logits(q: np.ndarray, k: Rows) -> np.ndarray:
     """q.k / sqrt(d) of queries [H_q, d] and stored keys [H_kv, S, d]: [H_q, S]. Query head h reads KV head h // g."""
-    group = len(q) // len(k)
-    keys = store_of(k).decode(k)
-    logits = np.einsum("hgd,hsd->hgs", q.reshape(len(k), group, -1), keys).reshape(len(q), -1)
+    keys = decoded(k)
+    logits = np.einsum("hgd,hsd->hgs", q.reshape(len(keys), -1, q.shape[1]), keys).reshape(len(q), -1)
     return logits / np.float32(np.sqrt(q.shape[1]))
 
 
@@ -109,12 +105,25 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return p / p.sum(axis=-1, keepdims=True)
 
 
-def weighted_values(p: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """p [H_q, S] times stored values [H_kv, S, d]: [H_q, d]."""
-    values = store_of(v).decode(v)
-    return np.einsum("hgs,hsd->hgd", p.reshape(len(v), -1, p.shape[1]), values).reshape(len(p), -1)
+def weighted_values(p: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """p [H_q, S] times values [H_kv, S, d]: [H_q, d]."""
+    return np.einsum("hgs,hsd->hgd", p.reshape(len(values), -1, p.shape[1]), values).reshape(len(p), -1)
 
 
-def store_of(array: np.ndarray) -> Store:
+def decoded(rows: Rows) -> np.ndarray:
+    """Stored keys or values [H_kv, S, d], or latents of them [G, S, r], as float32 [H_kv, S, d]."""
+    if isinstance(rows, Latents):
+        return rebuilt(rows)
+    return store_of(rows).decode(rows)
+
+
+def stored(rows: Rows) -> np.ndarray:
+    """Rows of any store as they lie in memory."""
+    return rows.rows if isinstance(rows, Latents) else rows
+
+
+def store_of(array: Rows) -> Store:
     """The store a cache array was allocated with."""
+    if isinstance(array, Latents):
+        return array.store
     return next(s for s in STORES.values() if s.dtype == array.dtype)

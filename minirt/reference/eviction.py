@@ -17,7 +17,7 @@ from ..checks import (
     check_scores,
 )
 from ..ops import KV, NO_POSITION, MergeRule
-from .attention import scaled_logits, softmax, store_of, weighted_values
+from .attention import decoded, scaled_logits, softmax, store_of, stored, weighted_values
 
 
 class EvictionOps:
@@ -30,7 +30,7 @@ class EvictionOps:
         for b, n in enumerate(stop):
             if n:
                 p = softmax(scaled_logits(q[b], kv.k[b, :, :n]))
-                out[b] = weighted_values(p, kv.v[b, :, :n])
+                out[b] = weighted_values(p, decoded(kv.v[b, :, :n]))
                 mean = p.reshape(weights.shape[1], -1, n).mean(axis=1)
                 weights[b, :, :n] = weights[b, :, :n] + mean if accumulate else mean
         return out
@@ -50,8 +50,8 @@ class EvictionOps:
         for b in range(len(k)):
             for h in range(k.shape[1]):
                 s = slot[b, min(h, slot.shape[1] - 1)]
-                kv.k[b, h, s] = store_of(kv.k).encode(k[b, h])
-                kv.v[b, h, s] = store_of(kv.v).encode(v[b, h])
+                stored(kv.k)[b, h, s] = store_of(kv.k).encode(k[b, h])
+                stored(kv.v)[b, h, s] = store_of(kv.v).encode(v[b, h])
             positions[b, np.arange(slot.shape[1]), slot[b]] = pos[b]
 
     def evict(

@@ -6,7 +6,7 @@ import numpy as np
 
 from ..checks import check_choice, check_components, check_index, check_ranges, index_slots
 from ..ops import KV, CodedIndex
-from .attention import scaled_logits, softmax, store_of, weighted_values
+from .attention import decoded, scaled_logits, softmax, store_of, weighted_values
 from .eviction import largest
 from .index import decode_index, encode_units
 
@@ -82,7 +82,7 @@ class SparseOps:
         out = np.zeros_like(q)
         for b, h, heads, chosen in _groups(q, kv, rows, stop):
             p = softmax(scaled_logits(q[b, heads], kv.k[b, h : h + 1][:, chosen]))
-            y = weighted_values(p, kv.v[b, h : h + 1][:, chosen])
+            y = weighted_values(p, decoded(kv.v[b, h : h + 1][:, chosen]))
             if weights is not None and mean is not None:
                 alpha = weights[b, heads, : len(chosen)].sum(axis=1)[:, None]
                 y = alpha * y + (1 - alpha) * mean[b, h]
@@ -92,7 +92,7 @@ class SparseOps:
     def add_rows(self, kv: KV, rows: np.ndarray, stop: np.ndarray, weights: np.ndarray, d: int) -> np.ndarray:
         out = np.zeros((*weights.shape[:2], d), np.float32)
         for b, h, heads, chosen in _groups(out, kv, rows, stop):
-            out[b, heads] = weighted_values(weights[b, heads, : len(chosen)], kv.v[b, h : h + 1][:, chosen])
+            out[b, heads] = weighted_values(weights[b, heads, : len(chosen)], decoded(kv.v[b, h : h + 1][:, chosen]))
         return out
 
 

@@ -5,6 +5,8 @@ number makes it, and heads have components that are always large, so a row is fi
 spreads them over all components (QuaRot, arXiv 2404.00456). Scores do not change if queries are rotated as the keys
 were, and a sum of values is rotated back. "-plain" leaves the rotation out.
 
+Of a model with low-rank keys and values the cache may hold latents, from which they are rebuilt: see `latent`.
+
 A store added later is one entry here, what devices need to read and write its rows, and the shared tests.
 """
 
@@ -12,44 +14,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import UsageError
+from .base import Store
 from .blocks import CODECS
 from .hadamard import rotate, rotation_size
+from .latent import MAX_POSITION, Latents, LatentStore
+
+if TYPE_CHECKING:
+    from ..config import PaluConfig
+
+__all__ = [
+    "LATENT_BITS", "MAX_POSITION", "STORES", "BlockStore", "LatentStore", "Latents", "Store", "get_store", "get_stores",
+    "row_numbers", "store_names", "stores_text",
+]  # fmt: skip
 
 BLOCK = 32  # numbers that share a scale
-
-
-@dataclass(frozen=True)
-class Store:
-    """Rows of items of `dtype`, of which an item holds one number."""
-
-    name: str
-    dtype: np.dtype
-    length = 1  # numbers in an item
-    rotated = False
-
-    def items(self, head_dim: int) -> int:
-        """Items of a row of one head."""
-        return head_dim // self.length
-
-    def row_bytes(self, head_dim: int) -> int:
-        """Bytes of one row of one head."""
-        return self.items(head_dim) * self.dtype.itemsize
-
-    def check(self, head_dim: int) -> None:
-        """UsageError if heads of this size cannot be stored."""
-
-    def encode(self, rows: np.ndarray) -> np.ndarray:
-        """float32 [..., d] -> stored rows. The reference; values beyond the type's range become infinite."""
-        with np.errstate(over="ignore"):
-            return rows.astype(self.dtype)
-
-    def decode(self, rows: np.ndarray) -> np.ndarray:
-        """Stored rows -> float32 [..., d]."""
-        return rows.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -96,29 +79,61 @@ STORES: dict[str, Store] = {
         _blocks("q4_0-plain", 18, False),
     )
 }
-
+LATENT_BITS = {"latent-f16": 16, "latent-q4": 4, "latent-q3": 3}
+AUTO, PALU = "auto", "palu"  # latents if the file has them, else f16; latents as the file says
+NAMES = (*STORES, PALU, *LATENT_BITS, AUTO)
 
 _LENGTHS = {store.dtype.itemsize: store.length for store in STORES.values()}
 
 
-def row_numbers(array: np.ndarray) -> int:
-    """Numbers in a row of a cache [B, H_kv, slots, items]."""
-    return array.shape[3] * _LENGTHS[array.dtype.itemsize]
+def row_numbers(array: Any) -> int:
+    """Numbers of a key or a value that a row of a cache [B, H_kv, slots, items] holds, or is rebuilt to."""
+    if isinstance(array, Latents):
+        return int(array.factor.head_dim)
+    return int(array.shape[3]) * _LENGTHS[array.dtype.itemsize]
 
 
 def get_store(name: str) -> Store:
-    """The store of that name; UsageError lists what there is."""
-    if name not in STORES:
-        raise UsageError(f"unknown KV type '{name}' (one of: {', '.join(STORES)})")
-    return STORES[name]
+    """The store of that name, if it is not one of latents; UsageError lists what there is."""
+    return _store(_checked(name), None, False)
 
 
-def get_stores(text: str) -> tuple[Store, Store]:
-    """The stores of keys and of values: "q8_0" for both, "q8_0/q4_0" for each."""
-    k, _, v = text.partition("/")
-    return get_store(k), get_store(v if "/" in text else k)
+def get_stores(text: str, palu: PaluConfig | None = None) -> tuple[Store, Store]:
+    """The stores of keys and of values: "q8_0" for both, "q8_0/q4_0" for each.
+
+    palu: what a file with low-rank projections says, which can be cached as latents: "palu" (as it says), "latent-f16",
+    "latent-q4", "latent-q3", keys and values alike latents. "auto": latents if there are any, else f16. UsageError.
+    """
+    k_name, v_name = store_names(text)
+    k, v = _store(k_name, palu, True), _store(v_name, palu, False)
+    if k.latent != v.latent:
+        raise UsageError(f"--kv {text}: latents of keys go with latents of values (--kv-k and --kv-v, or --kv palu)")
+    return k, v
+
+
+def store_names(text: str) -> tuple[str, str]:
+    """The names of the stores of keys and of values in "q8_0" or "q8_0/q4_0"; UsageError lists what there is."""
+    k, slash, v = text.partition("/")
+    return _checked(k), _checked(v if slash else k)
 
 
 def stores_text(k: Store, v: Store) -> str:
     """What `get_stores` reads."""
-    return k.name if k == v else f"{k.name}/{v.name}"
+    return k.name if k.name == v.name else f"{k.name}/{v.name}"
+
+
+def _checked(name: str) -> str:
+    if name not in NAMES:
+        raise UsageError(f"unknown KV type '{name}' (one of: {', '.join(NAMES)})")
+    return name
+
+
+def _store(name: str, palu: PaluConfig | None, keys: bool) -> Store:
+    if name == AUTO:
+        name = "f16" if palu is None else PALU
+    if name in STORES:
+        return STORES[name]
+    if palu is None:
+        raise UsageError(f"--kv {name} takes a file made by `minirt palu`; this one has no low-rank keys and values")
+    name = f"latent-{palu.latent}" if name == PALU else name
+    return LatentStore(name, np.dtype(np.uint8), LATENT_BITS[name], keys)

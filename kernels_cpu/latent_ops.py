@@ -1,0 +1,232 @@
+"""Latents of Palu in the place of keys and values: what CpuOps does with them, shapes checked."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from minirt.checks import check_far, check_ranges
+from minirt.config import ModelConfig
+from minirt.dequantize import dequantize
+from minirt.gguf_file import Tensor
+from minirt.ops import KV, Far
+from minirt.rope import Angles, Rope
+from minirt.stores import Latents, LatentStore
+from minirt.stores.latent import POSITION_BYTES, UNIT
+
+from . import latent_attention
+from .blocks import FORMATS
+from .crew import Crew
+from .kernels import finish_heads
+from .latent_rows import write_rows
+from .memory import zeros
+from .rebuilding import Packed, pack, rebuild_rows, rebuild_scratch
+from .shapes import check, whole_vectors
+
+if TYPE_CHECKING:
+    from minirt.weights import LayerWeights
+
+POSITIONS = 1024  # for which cosines and sines are computed at a time, at least
+_EMPTY = np.empty(0, np.float32)
+_NO_TURNS = np.zeros((0, 0), np.float32)
+_F32 = FORMATS["F32"].dtype
+
+
+class Turns:
+    """Cosines and sines of all positions there are so far, one table for all layers."""
+
+    def __init__(self, rope: Rope):
+        self.rope = rope
+        self.table = np.empty((0, whole_vectors(rope.dim)), np.float32)
+        self.cover(POSITIONS)
+
+    def cover(self, n: int) -> None:
+        """Makes the table hold positions 0 ... n - 1."""
+        have = len(self.table)
+        if n <= have:
+            return
+        table = zeros((max(n, 2 * have), self.table.shape[1]), np.float32)
+        table[:have] = self.table
+        for begin in range(have, len(table), POSITIONS):  # what is float64 stays small
+            rows = table[begin : begin + POSITIONS]
+            cos, sin = self.rope.angles(np.arange(begin, begin + len(rows)))
+            rows[:, : self.rope.dim // 2], rows[:, self.rope.dim // 2 : self.rope.dim] = cos, sin
+        self.table = table
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """The second factor of keys or values, [H_kv d, r], as kernels want it."""
+
+    head_dim: int
+    rank: int
+    n_head_kv: int
+    nbytes: int
+    packed: np.ndarray | None  # of keys, float32: see rebuilding.pack
+    matrix: Any  # of values, a PanelMatrix whose heads are filled up to whole vectors: it is read in each decode step
+    bias: np.ndarray
+    norm: np.ndarray
+    eps: np.float32
+    turns: Turns | None
+    descriptor: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # of the matrix
+
+    def as_packed(self, groups: int) -> Packed:
+        """For kernels that rebuild tiles."""
+        heads, d = self.n_head_kv // groups, self.head_dim
+        values = pack(self._values(), groups) if self.packed is None else self.packed
+        if self.turns is None:
+            return Packed(values, self.bias, self.norm, _NO_TURNS, heads, d, self.eps, 0, 1, 1)
+        rope = self.turns.rope
+        pairing = (2, 1) if rope.interleaved else (1, rope.dim // 2)
+        return Packed(values, self.bias, self.norm, self.turns.table, heads, d, self.eps, rope.dim // 2, *pairing)
+
+    def _values(self) -> np.ndarray:
+        """[H_kv d, r], of values."""
+        kind = {"F16": np.float16, "F32": np.float32}[self.matrix.name]
+        panels = self.matrix.panels.view(kind).reshape(len(self.matrix.panels), -1, 16).swapaxes(1, 2)
+        heads = panels.reshape(self.n_head_kv, -1, panels.shape[2])[:, : self.head_dim, : self.rank]
+        return heads.reshape(-1, self.rank).astype(np.float32)
+
+
+class CpuLatents(Latents):
+    """Latents in memory."""
+
+    @functools.cached_property
+    def described(self) -> np.ndarray:
+        """What kernels know of it: see latent_rows."""
+        row = self.rows.shape[3]
+        if self.rows.strides[2:] != (row, 1):
+            raise ValueError(f"latents with strides {self.rows.strides} do not hold their rows in order")
+        store, rank = self.store, self.factor.rank
+        place = row - POSITION_BYTES if store.keys else 0
+        strides = self.rows.strides[:3]
+        numbers = (self.rows.ctypes.data, *strides, rank, -(-rank // UNIT), store.bits, place)
+        return np.array(numbers, np.int64)
+
+
+class LatentOps:
+    """The part of CpuOps for it."""
+
+    threads: int
+    _crew: Crew
+    _buffer: Any
+    matrix: Any
+    _turns: list[Turns]
+
+    def factor(
+        self,
+        tensor: Tensor,
+        config: ModelConfig,
+        bias: np.ndarray | None,
+        norm: np.ndarray | None = None,
+        rope: Rope | None = None,
+    ) -> Factor:
+        (n_out, rank), heads = tensor.shape, config.n_head_kv
+        d, groups = n_out // heads, _groups(config)
+        empty = (_EMPTY if a is None else a for a in (bias, norm))
+        rest = (*empty, np.float32(config.rms_eps))
+        if rope is not None:
+            packed = pack(dequantize(tensor), groups)
+            own = zeros(packed.shape, np.float32)
+            own[:] = packed
+            return Factor(d, rank, heads, own.nbytes, own, None, *rest, self._turns_of(rope))
+        kind = np.dtype(f"<{tensor.type.name.lower()[0]}{tensor.type.block_bytes}")
+        whole = np.zeros((heads, whole_vectors(d), -(-rank // UNIT) * UNIT), kind)
+        whole[:, :d, :rank] = tensor.data.view(kind).reshape(heads, d, rank)
+        rows = whole.reshape(-1, whole.shape[2])
+        matrix = self.matrix(Tensor(tensor.name, tensor.type, rows.shape, rows.view(np.uint8)))
+        described = np.array(matrix.descriptor(4, False), np.int64)
+        return Factor(d, rank, heads, tensor.data.nbytes, None, matrix, *rest, None, described)
+
+    def _q_and_latents(
+        self, out: np.ndarray, begins: Sequence[int], layer: LayerWeights, config: ModelConfig, angles: Angles
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What CpuOps.qkv returns of such a layer, of the products that begin at these columns of out [N, ...]."""
+        n, d, (cos, sin), pos = len(out), config.head_dim, angles.values, angles.pos
+        assert pos is not None
+        assert layer.k_factor is not None
+        assert layer.v_factor is not None
+        bias, norm = (_EMPTY if a is None else a for a in (layer.bq, layer.q_norm))
+        pairing = (2, 1) if angles.interleaved else (1, cos.shape[1])
+        finish_heads(out, begins[0], config.n_head, d, bias, norm, np.float32(config.rms_eps), cos, sin, *pairing)
+        q, k, v = (
+            np.ascontiguousarray(out[:, begin : begin + matrix.shape[0]]).reshape(n, -1, width)
+            for begin, matrix, width in zip(
+                begins, (layer.wq, layer.wk, layer.wv), (d, layer.k_factor.rank, layer.v_factor.rank), strict=True
+            )
+        )
+        positions = np.empty((*k.shape[:2], 1), np.float32)
+        positions[...] = pos[:, None, None]
+        return q, np.concatenate((k, positions), axis=2), v
+
+    def _turns_of(self, rope: Rope) -> Turns:
+        for turns in self._turns:
+            if turns.rope is rope:
+                return turns
+        self._turns.append(Turns(rope))
+        return self._turns[-1]
+
+    def _write(self, kv: KV, seq: np.ndarray, slot: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
+        """Rows i of k [N, G, r + 1] and v [N, G, r] to slot[i, g] (or slot[i, 0]) of sequence seq[i]."""
+        for rows, x in zip(kv, (k, v), strict=True):
+            check(x.shape == (len(seq), rows.shape[1], rows.numbers), "latents", x.shape, rows.shape)
+            x = np.ascontiguousarray(x, np.float32)
+            highest = write_rows(rows.described, rows.shape[2], seq, slot, x)
+            if highest < 0:
+                raise ValueError(f"slots {slot} lie outside a cache {rows.shape}, or positions outside a text")
+            if rows.factor.turns is not None:
+                rows.factor.turns.cover(highest + 1)
+
+    def _attend_latents(
+        self, name: str, q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray, far: Far | None, kept: np.ndarray
+    ) -> np.ndarray:
+        """As CpuOps._attend."""
+        check_ranges(q, kv, first, stop)
+        shape, until, queries = q.shape, first, q
+        if far is not None:
+            check_far(q, far, first)
+            queries, until = np.concatenate((q, far.q), axis=1), far.stop
+        groups, (keys, values) = kv.k.shape[1], (kv.k.factor, kv.v.factor)
+        packed, rank = keys.as_packed(groups), values.matrix.shape[1]
+        rebuild = rebuild_scratch(packed)
+        size = latent_attention.attention_scratch(rebuild, shape[1] // groups, rank, shape[2])
+        bias = values.bias if len(values.bias) else self._buffer("no bias", (keys.n_head_kv * shape[2],))
+        out = self._buffer(name, shape)
+        latent_attention.attend(
+            self._crew.call(), np.ascontiguousarray(queries, np.float32), kv.k.described, kv.v.described, first, stop,
+            until, np.float32(1.0 / math.sqrt(shape[2])), tuple(packed), values.descriptor,
+            bias.reshape(keys.n_head_kv, shape[2]), rank, self._scratch_of(size), rebuild, out, kept,
+        )  # fmt: skip
+        return out
+
+    def _rebuilt(self, kv: KV, seq: int, n: int, keys_only: bool = False) -> KV:
+        """Keys and values of the first n slots of a sequence, as a float32 cache of one: scratch."""
+        arrays = []
+        for name, rows in zip(("keys",) if keys_only else ("keys", "values"), kv, strict=False):
+            packed = rows.factor.as_packed(rows.shape[1])
+            shape = (rows.factor.n_head_kv, whole_vectors(n), whole_vectors(rows.factor.head_dim))
+            out = self._buffer(f"rebuilt {name}", shape)
+            scratch = self._scratch_of(rebuild_scratch(packed))
+            rebuild_rows(self._crew.call(), rows.described, seq, n, tuple(packed), scratch, out)
+            arrays.append(out[None, :, :n].view(_F32))
+        return KV(arrays[0], arrays[-1])
+
+    def _scratch_of(self, size: int) -> np.ndarray:
+        """So many numbers for each thread, at cache lines."""
+        found: np.ndarray = self._buffer("latents", (self.threads, whole_vectors(size)))
+        return found
+
+
+def allocate_latents(store: LatentStore, shape: tuple[int, int, int, int], factor: Factor) -> CpuLatents:
+    """Room for rows of latents [B, G, slots, numbers]."""
+    return CpuLatents(zeros((*shape[:3], store.items(shape[3])), np.uint8), store, factor)
+
+
+def _groups(config: ModelConfig) -> int:
+    assert config.palu is not None
+    return config.n_head_kv // config.palu.group_size
