@@ -98,7 +98,7 @@ def convert(
         windows = cut(llama, text, n_windows)
         key = hashlib.sha256(repr((_identity(model), windows.digest)).encode()).hexdigest()[:16]
         moments = input_moments(llama, windows, side, f"moments {key}")
-        chosen = _allocate(allocate, llama, windows, moments, grouping, keep, side, key)
+        chosen = share_ranks(allocate, llama, windows, moments, grouping, keep, side, key)
         keys = _metadata(chosen, grouping, keep, allocate, windows, latent, hadamard)
         replaced = _replacements(llama.file, moments, grouping, chosen, hadamard, report)
         _check_absent(out)
@@ -125,10 +125,10 @@ def group_heads(config: ModelConfig, group: int | str | None) -> Grouping:
 
 def layer_spectra(file: GGUFFile, layer: int, moment: np.ndarray | None, grouping: Grouping) -> list[Spectrum]:
     """Of a layer's keys and values; moment None: plain SVD of the weights."""
-    return [spectrum(_projection(file, layer, name), moment, grouping.width) for name in NAMES]
+    return [spectrum(projection(file, layer, name), moment, grouping.width) for name in NAMES]
 
 
-def _projection(file: GGUFFile, layer: int, name: str) -> np.ndarray:
+def projection(file: GGUFFile, layer: int, name: str) -> np.ndarray:
     """W_k or W_v, float32 [G w, n]; ModelError if a number is not finite."""
     tensor = file.tensors[f"blk.{layer}.attn_{name}.weight"]
     weight = dequantize(tensor)
@@ -137,7 +137,7 @@ def _projection(file: GGUFFile, layer: int, name: str) -> np.ndarray:
     return weight
 
 
-def _allocate(
+def share_ranks(
     allocate: str,
     llama: Llama,
     windows: Windows,
@@ -147,7 +147,7 @@ def _allocate(
     side: SideFile,
     key: str,
 ) -> np.ndarray:
-    """Ranks int64 [n_layer, 2]."""
+    """Ranks int64 [n_layer, 2] of keys and values by one of ALLOCATIONS; key: what model and windows are."""
     n_layer, width, file = llama.config.n_layer, grouping.width, llama.file
     total = ranks.total_rank(keep, n_layer, width)
     if allocate == "uniform" or not ranks.is_choice(total, n_layer, width):
@@ -158,7 +158,7 @@ def _allocate(
         scores = fisher_scores(file, llama.config, windows, side, f"fisher {key}")
         return ranks.by_scores(scores, total, width)
     spectra = functools.cache(lambda layer: layer_spectra(file, layer, moments[layer], grouping))
-    weights = functools.cache(lambda layer: [_projection(file, layer, name) for name in NAMES])
+    weights = functools.cache(lambda layer: [projection(file, layer, name) for name in NAMES])
     rank = probe_rank(keep, width)
     gain = gains(llama, windows, spectra, weights, rank, side, f"kl {key} {grouping.size} {rank}")
     return ranks.by_gain(gain, total, width)
@@ -178,7 +178,7 @@ def _replacements(
             ]
 
             def make(layer: int = layer, name: str = name, rank: int = rank) -> tuple[np.ndarray, np.ndarray]:
-                weight = _projection(file, layer, name)
+                weight = projection(file, layer, name)
                 report("factorising", 2 * layer + NAMES.index(name), 2 * len(chosen))
                 return factorise(weight, spectrum(weight, moments[layer], grouping.width), rank, rotated)
 

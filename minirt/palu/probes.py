@@ -23,7 +23,7 @@ from .factors import Spectrum
 from .ranks import UNIT
 from .side_file import SideFile
 
-N_WINDOWS, LENGTH = 8, 512  # of the calibration text, and tokens of each
+N_WINDOWS, LENGTH = 4, 512  # of the calibration text, and tokens of each
 EVERY = 2  # of so many predictions, one is compared
 ROWS = 64  # compared at a time
 

@@ -15,8 +15,9 @@ import numpy as np
 from ..errors import ModelError
 from ..files import whole_file
 
-SAVE_SECONDS = 10.0  # between two savings ...
-SAVE_SHARE = 20  # ... and at least so many times what the last one took
+SAVE_SECONDS = 10.0  # between two savings, or ...
+SAVE_SHARE = 20  # ... so many times what the last one took, where that is more, but ...
+MOST_SECONDS = 300.0  # ... never more than this
 
 _MAGIC = "minirt-palu"
 _DAMAGED = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, MemoryError)
@@ -60,12 +61,10 @@ class SideFile:
 
     def _resume(self, key: str, n: int, sums: tuple[np.ndarray, ...]) -> int:
         """How many steps are in the sums now."""
-        if not self._saved:
-            return 0
-        found = self._saved.pop(key, None)
+        found = self._sums.get(key) or self._saved.pop(key, None)
         if found is None:
-            if not self._sums:
-                warnings.warn(f"{self.path}: of another model, text or choice of ranks, begins anew", stacklevel=3)
+            if self._saved and not self._sums:
+                warnings.warn(f"{self.path}: of another model or text, begins anew", stacklevel=3)
             return 0
         done, *values = found
         shapes = [(a.shape, a.dtype) for a in values]
@@ -82,7 +81,7 @@ class SideFile:
         with whole_file(self.path) as file:
             np.savez(file, **{_MAGIC: np.array(1)} | arrays)  # type: ignore[arg-type]
         now = time.monotonic()
-        self._due = now + max(SAVE_SECONDS, SAVE_SHARE * (now - begun))
+        self._due = now + max(SAVE_SECONDS, min(SAVE_SHARE * (now - begun), MOST_SECONDS))
 
     def _read(self) -> dict[str, list[np.ndarray]]:
         try:
