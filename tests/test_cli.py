@@ -14,7 +14,7 @@ import pytest
 from conftest import Cli, minirt, on_terminal, only_line, quiet_env
 from make_gguf import tiny
 
-COMMANDS = ("bench", "chat", "run", "info", "perplexity", "tokenize")
+COMMANDS = ("bench", "chat", "run", "info", "palu", "perplexity", "tokenize")
 REFERENCE = ("--device", "reference")
 
 

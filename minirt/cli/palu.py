@@ -71,9 +71,10 @@ def palu(
     hadamard: bool,
     threads: int | None,
 ) -> None:
-    """Writes a copy of a model whose cache holds low-rank latents of keys and values (Palu).
+    """Writes a copy of a model with low-rank keys and values.
 
-    Each layer's projections to keys and values become two factors, chosen so that the least is lost on a calibration
+    This is Palu: the cache of the copy holds latents, from which keys and values are rebuilt as they are read. Each
+    layer's projections to keys and values become two factors, chosen so that the least is lost on a calibration
     text. All else in the file stays as it is. What slow stages found is kept in OUT.gguf.part until the end: after
     Ctrl-C the same command goes on from there.
     """
