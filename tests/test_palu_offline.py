@@ -423,6 +423,8 @@ def test_wrong_files(models: dict[str, Path], tmp_path: Path, cli: Cli) -> None:
         (model, model, "is the model itself"),
         (model, done, "is there already"),
         (model, tmp_path / "no" / "out.gguf", "cannot write: No such file or directory"),
+        (model, tmp_path / "o\0ut.gguf", "cannot write: embedded null"),
+        (model, tmp_path / ("o" * 250 + ".gguf"), "File name too long"),
         (model, "", "the name of the output is empty"),
         (done, tmp_path / "out.gguf", "is a Palu file already"),
         (moe.write(tmp_path / "moe.gguf"), tmp_path / "out.gguf", "mixture of experts is not supported"),

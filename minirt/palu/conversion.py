@@ -226,14 +226,16 @@ def _check_options(keep: float, allocate: str, n_windows: int, latent: str) -> N
 
 def _check_output(model: Path, out: Path) -> None:
     """ModelError unless a new file can be written there: better now than after minutes."""
-    if out.exists() and out.samefile(model):
-        raise ModelError(f"{out}: is the model itself; give the output another name")
-    _check_absent(out)
     try:
-        with tempfile.TemporaryFile(dir=out.parent):
+        if out.exists() and out.samefile(model):
+            raise ModelError(f"{out}: is the model itself; give the output another name")
+        _check_absent(out)
+        with tempfile.TemporaryFile(prefix=out.name + ".part", dir=out.parent):
             pass
-    except OSError as e:
-        raise ModelError(f"{out}: cannot write: {e.strerror or e}") from None
+    except ModelError:
+        raise
+    except (OSError, ValueError) as e:  # ValueError: a null character in the path
+        raise ModelError(f"{out}: cannot write: {getattr(e, 'strerror', None) or e}") from None
 
 
 def _check_absent(out: Path) -> None:
