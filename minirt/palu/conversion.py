@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -230,7 +231,7 @@ def _check_output(model: Path, out: Path) -> None:
         if out.exists() and out.samefile(model):
             raise ModelError(f"{out}: is the model itself; give the output another name")
         _check_absent(out)
-        with tempfile.TemporaryFile(prefix=out.name + ".part", dir=out.parent):
+        with tempfile.TemporaryFile(dir=out.parent):
             pass
     except ModelError:
         raise
@@ -239,5 +240,6 @@ def _check_output(model: Path, out: Path) -> None:
 
 
 def _check_absent(out: Path) -> None:
-    if os.path.lexists(out):
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(out)
         raise ModelError(f"{out}: is there already; remove it, or give another name")
