@@ -16,6 +16,7 @@ from minirt.gguf_file import GGUFFile
 from minirt.palu import conversion
 from minirt.palu.backward import Network
 from minirt.palu.calibration import Windows, cut, input_moments
+from minirt.palu.factors import Spectrum
 from minirt.palu.fisher import fisher_scores
 from minirt.palu.probes import gains, mean_divergence, probe_rank, project
 from minirt.palu.side_file import SideFile
@@ -121,18 +122,15 @@ def test_a_probe_is_the_whole_model_with_one_projection_cut(model: Path, tmp_pat
         moments = input_moments(llama, windows, side, "moments")
         grouping = conversion.group_heads(llama.config, "all")
 
-        def weights(layer: int) -> list[np.ndarray]:
-            return [conversion.projection(llama.file, layer, name) for name in conversion.NAMES]
+        def projections(layer: int) -> list[tuple[np.ndarray, Spectrum]]:
+            return conversion.projections(llama.file, layer, moments[layer], grouping)
 
-        def spectra(layer: int) -> list[conversion.Spectrum]:
-            return conversion.layer_spectra(llama.file, layer, moments[layer], grouping)
-
-        gain = gains(llama, windows, spectra, weights, 32, side, "kl")
+        gain = gains(llama, windows, projections, grouping.width, 32, side, "kl")
         exact = [llama.logits(w.tolist())[::2] for w in windows.tokens]
         decoder = llama.decoder
         for layer, i, field in ((1, 0, "wk"), (0, 1, "wv")):
-            found, layers = spectra(layer)[i], list(decoder.weights.layers)
-            values = project(weights(layer)[i], found, 32)
+            (weight, found), layers = projections(layer)[i], list(decoder.weights.layers)
+            values = project(weight, found, 32)
             layers[layer] = replace(layers[layer], **{field: replace(getattr(layers[layer], field), values=values)})
             whole, decoder.weights = decoder.weights, replace(decoder.weights, layers=layers)
             other = [llama.logits(w.tolist())[::2] for w in windows.tokens]

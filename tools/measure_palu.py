@@ -56,10 +56,10 @@ def with_ranks(llama: Llama, moments: np.ndarray | None, grouping: conversion.Gr
     """The model's decoder with every projection at its rank; moments None: by plain SVD of the weights."""
     d, layers = llama.decoder, []
     for i, weights in enumerate(llama.decoder.weights.layers):
-        spectra = conversion.layer_spectra(llama.file, i, None if moments is None else moments[i], grouping)
+        both = conversion.projections(llama.file, i, None if moments is None else moments[i], grouping)
         products = []
-        for name, found, rank in zip(conversion.NAMES, spectra, ranks[i], strict=True):
-            a, b = factorise(conversion.projection(llama.file, i, name), found, int(rank), rotated=False)
+        for (weight, found), rank in zip(both, ranks[i].tolist(), strict=True):
+            a, b = factorise(weight, found, rank, rotated=False)
             halves = (factor.astype(np.float16).astype(np.float32) for factor in (a, b))
             values = np.ascontiguousarray(compose(*halves, grouping.n_groups))
             products.append(d.ops.matrix(Tensor("", TENSOR_TYPES["F32"], values.shape, values.view(np.uint8))))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import os
 import tempfile
@@ -124,9 +123,12 @@ def group_heads(config: ModelConfig, group: int | str | None) -> Grouping:
     return Grouping(size, n // size, size * config.head_dim)
 
 
-def layer_spectra(file: GGUFFile, layer: int, moment: np.ndarray | None, grouping: Grouping) -> list[Spectrum]:
-    """Of a layer's keys and values; moment None: plain SVD of the weights."""
-    return [spectrum(projection(file, layer, name), moment, grouping.width) for name in NAMES]
+def projections(
+    file: GGUFFile, layer: int, moment: np.ndarray | None, grouping: Grouping
+) -> list[tuple[np.ndarray, Spectrum]]:
+    """W_k and W_v of a layer, and their spectra; moment None: for plain SVD."""
+    weights = [projection(file, layer, name) for name in NAMES]
+    return [(weight, spectrum(weight, moment, grouping.width)) for weight in weights]
 
 
 def projection(file: GGUFFile, layer: int, name: str) -> np.ndarray:
@@ -158,10 +160,16 @@ def share_ranks(
     if allocate == "fisher":
         scores = fisher_scores(file, llama.config, windows, side, f"fisher {key}")
         return ranks.by_scores(scores, total, width)
-    spectra = functools.cache(lambda layer: layer_spectra(file, layer, moments[layer], grouping))
-    weights = functools.cache(lambda layer: [projection(file, layer, name) for name in NAMES])
     rank = probe_rank(keep, width)
-    gain = gains(llama, windows, spectra, weights, rank, side, f"kl {key} {grouping.size} {rank}")
+    gain = gains(
+        llama,
+        windows,
+        lambda layer: projections(file, layer, moments[layer], grouping),
+        width,
+        rank,
+        side,
+        f"kl {key} {grouping.size} {rank}",
+    )
     return ranks.by_gain(gain, total, width)
 
 

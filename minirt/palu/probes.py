@@ -15,6 +15,7 @@ import numpy as np
 from ..decoder import Decoder
 from ..gguf_file import TENSOR_TYPES, Tensor
 from ..llama import Llama
+from ..ops import Matrix
 from ..policies import Dense
 from ..stores import get_store
 from ..weights import LayerWeights
@@ -38,28 +39,25 @@ def probe_rank(keep: float, width: int) -> int:
 def gains(
     llama: Llama,
     windows: Windows,
-    spectra: Callable[[int], Sequence[Spectrum]],
-    weights: Callable[[int], Sequence[np.ndarray]],
+    projections: Callable[[int], Sequence[tuple[np.ndarray, Spectrum]]],
+    width: int,
     rank: int,
     side: SideFile,
     key: str,
 ) -> np.ndarray:
     """What each rank of each projection is worth, in nats a token: float64 [n_layer, 2, w], descending.
 
-    spectra, weights: of the keys and values of a layer; rank: below their width w.
+    projections: W_k and W_v of a layer, and their spectra, in groups of `width`; rank: what each in turn is cut to.
     """
     n_layer = llama.config.n_layer
-    energies = np.array([[s.energies.sum(axis=0) for s in spectra(i)] for i in range(n_layer)])
-    tokens = spread(windows.tokens, N_WINDOWS)[:, :LENGTH]
-    divergence = np.zeros((n_layer, 2))
-    current, exact = -1, None
-    for step in side.steps("probing the layers", key, len(tokens) * n_layer, divergence):
-        window, layer = divmod(step, n_layer)
-        if window != current:
-            current, exact = window, _Exact(llama, tokens[window])
-        assert exact is not None
-        for i, (found, weight) in enumerate(zip(spectra(layer), weights(layer), strict=True)):
-            divergence[layer, i] += exact.divergence(layer, FIELDS[i], project(weight, found, rank)) / len(tokens)
+    energies, divergence = np.zeros((n_layer, 2, width)), np.zeros((n_layer, 2))
+    exact: list[_Exact] = []
+    for layer in side.steps("probing the layers", key, n_layer, energies, divergence):
+        exact = exact or [_Exact(llama, tokens[:LENGTH]) for tokens in spread(windows.tokens, N_WINDOWS)]
+        for i, (weight, found) in enumerate(projections(layer)):
+            energies[layer, i] = found.energies.sum(axis=0)
+            changed = llama.decoder.ops.matrix(_f32(project(weight, found, rank)))
+            divergence[layer, i] = np.mean([one.divergence(layer, FIELDS[i], changed) for one in exact])
     dropped = energies[:, :, rank:].sum(axis=2)
     worth = np.divide(divergence, dropped, out=np.zeros_like(dropped), where=dropped > 0)
     return worth[:, :, None] * energies
@@ -88,11 +86,9 @@ class _Exact:
         self.inputs = [np.concatenate(part) for part in parts]  # [T, n] each
         self.logits = self._logits(0, llama.decoder.weights.layers[0])
 
-    def divergence(self, layer: int, field: str, matrix: np.ndarray) -> float:
+    def divergence(self, layer: int, field: str, matrix: Matrix) -> float:
         """The mean divergence from the exact predictions if a layer has another matrix, in nats a token."""
-        changed = replace(
-            self.llama.decoder.weights.layers[layer], **{field: self.llama.decoder.ops.matrix(_f32(matrix))}
-        )
+        changed = replace(self.llama.decoder.weights.layers[layer], **{field: matrix})
         return mean_divergence(self.logits, self._logits(layer, changed))
 
     def _logits(self, first: int, changed: LayerWeights) -> np.ndarray:
