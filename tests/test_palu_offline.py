@@ -437,3 +437,18 @@ def test_wrong_files(models: dict[str, Path], tmp_path: Path, cli: Cli) -> None:
         assert done.read_bytes() == before
         assert not (tmp_path / "out.gguf").exists()
     assert only_line(cli("palu", model).stderr).startswith("minirt: Missing option '-o'")
+
+
+def test_ctrl_c_says_what_is_kept(
+    models: dict[str, Path], tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minirt.palu.conversion.write_copy", stop)
+    result = cli("palu", models["llama"], "-o", tmp_path / "out.gguf", "--keep", "0.75", "--windows", "2")
+    assert result.exit_code == 130
+    assert result.stderr.splitlines()[-1] == (
+        f"minirt: interrupted; {tmp_path / 'out.gguf.part'} keeps what was found, the same command goes on from there"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf.part"]

@@ -32,7 +32,7 @@ from minirt.palu.factors import compose, factorise
 from minirt.palu.side_file import SideFile
 from minirt.perplexity import Perplexity, cut_windows, score
 
-KEEPS, GROUPS = (0.7, 0.5), ("all", 1)
+GROUPS, KEEPS = ("all", 1), (0.7, 0.5)
 N_CTX = 512
 
 
@@ -73,22 +73,25 @@ def rows(llama: Llama, text: bytes, n: int, side: SideFile) -> Iterator[dict[str
     yield {"allocate": "exact"} | perplexity(llama, scored)
     windows = calibration.cut(llama, None, 64)
     moments = calibration.input_moments(llama, windows, side, f"moments {windows.digest}")
-    for keep in KEEPS:
-        for group in GROUPS:
+    known: dict[Any, dict[str, float]] = {}
+    for group in GROUPS:
+        for keep in KEEPS:
             grouping = conversion.group_heads(llama.config, group)
             for allocate, whitened in [("prior", False), *((name, True) for name in conversion.ALLOCATIONS)]:
                 begun = time.perf_counter()
                 ranks = conversion.share_ranks(allocate, llama, windows, moments, grouping, keep, side, windows.digest)
                 seconds = time.perf_counter() - begun
-                llama.decoder = with_ranks(llama, moments if whitened else None, grouping, ranks)
-                found = perplexity(llama, scored)
-                llama.decoder = exact
+                same = grouping, whitened, ranks.tobytes()  # rules may agree
+                if same not in known:
+                    llama.decoder = with_ranks(llama, moments if whitened else None, grouping, ranks)
+                    known[same] = perplexity(llama, scored)
+                    llama.decoder = exact
                 share = ranks.mean(axis=0) / grouping.width
                 yield {
                     "keep": keep, "group": grouping.size, "allocate": allocate, "whitened": whitened,
                     "kept": float(ranks.mean() / grouping.width), "kept_k": float(share[0]), "kept_v": float(share[1]),
                     "allocation_seconds": seconds, "k_ranks": _count(ranks[:, 0]), "v_ranks": _count(ranks[:, 1]),
-                } | found  # fmt: skip
+                } | known[same]  # fmt: skip
 
 
 def _count(ranks: np.ndarray) -> dict[str, int]:
@@ -99,7 +102,7 @@ def _count(ranks: np.ndarray) -> dict[str, int]:
 @click.command()
 @click.option("--model", required=True, help="A GGUF file.")
 @click.option("--text", required=True, help="What is scored.")
-@click.option("--windows", default=24, show_default=True, help="Windows of 512 tokens of it.")
+@click.option("--windows", default=16, show_default=True, help="Windows of 512 tokens of it.")
 @click.option("--threads", default=2, show_default=True)
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
 def main(model: str, text: str, windows: int, threads: int, output: Path) -> None:
