@@ -78,9 +78,7 @@ def rows(llama: Llama, text: bytes, n: int, side: SideFile) -> Iterator[dict[str
         for keep in KEEPS:
             grouping = conversion.group_heads(llama.config, group)
             for allocate, whitened in [("prior", False), *((name, True) for name in conversion.ALLOCATIONS)]:
-                begun = time.perf_counter()
                 ranks = conversion.share_ranks(allocate, llama, windows, moments, grouping, keep, side, windows.digest)
-                seconds = time.perf_counter() - begun
                 same = grouping, whitened, ranks.tobytes()  # rules may agree
                 if same not in known:
                     llama.decoder = with_ranks(llama, moments if whitened else None, grouping, ranks)
@@ -90,7 +88,7 @@ def rows(llama: Llama, text: bytes, n: int, side: SideFile) -> Iterator[dict[str
                 yield {
                     "keep": keep, "group": grouping.size, "allocate": allocate, "whitened": whitened,
                     "kept": float(ranks.mean() / grouping.width), "kept_k": float(share[0]), "kept_v": float(share[1]),
-                    "allocation_seconds": seconds, "k_ranks": _count(ranks[:, 0]), "v_ranks": _count(ranks[:, 1]),
+                    "k_ranks": _count(ranks[:, 0]), "v_ranks": _count(ranks[:, 1]),
                 } | known[same]  # fmt: skip
 
 
