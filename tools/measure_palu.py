@@ -4,11 +4,12 @@
 
 Factors are rounded to float16 and multiplied, and the ordinary decoder runs with the products in place of W_k and W_v.
 Calibrated is on the text `minirt palu` has of its own. A play of it is the beginning of tinyshakespeare: what is scored
-are windows spread over the rest. An interrupted run goes on from OUTPUT.part.
+are windows spread over the rest. An interrupted run goes on from OUTPUT and what lies beside it.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import time
@@ -67,29 +68,29 @@ def with_ranks(llama: Llama, moments: np.ndarray | None, grouping: conversion.Gr
     return Decoder(d.config, replace(d.weights, layers=layers), d.ops, d.policy)
 
 
-def rows(llama: Llama, text: bytes, n: int, side: SideFile) -> Iterator[dict[str, Any]]:
-    """A measurement each: first of the model as it is."""
+def rows(llama: Llama, text: bytes, n: int, side: SideFile, skipped: int) -> Iterator[dict[str, Any]]:
+    """A measurement each, but for so many at the beginning: first of the model as it is."""
     scored, exact = scored_windows(llama, text, n), llama.decoder
-    yield {"allocate": "exact"} | perplexity(llama, scored)
+    if not skipped:
+        yield {"allocate": "exact"} | perplexity(llama, scored)
     windows = calibration.cut(llama, None, 64)
     moments = calibration.input_moments(llama, windows, side, f"moments {windows.digest}")
     known: dict[Any, dict[str, float]] = {}
-    for group in GROUPS:
-        for keep in KEEPS:
-            grouping = conversion.group_heads(llama.config, group)
-            for allocate, whitened in [("prior", False), *((name, True) for name in conversion.ALLOCATIONS)]:
-                ranks = conversion.share_ranks(allocate, llama, windows, moments, grouping, keep, side, windows.digest)
-                same = grouping, whitened, ranks.tobytes()  # rules may agree
-                if same not in known:
-                    llama.decoder = with_ranks(llama, moments if whitened else None, grouping, ranks)
-                    known[same] = perplexity(llama, scored)
-                    llama.decoder = exact
-                share = ranks.mean(axis=0) / grouping.width
-                yield {
-                    "keep": keep, "group": grouping.size, "allocate": allocate, "whitened": whitened,
-                    "kept": float(ranks.mean() / grouping.width), "kept_k": float(share[0]), "kept_v": float(share[1]),
-                    "k_ranks": _count(ranks[:, 0]), "v_ranks": _count(ranks[:, 1]),
-                } | known[same]  # fmt: skip
+    rules = [("prior", False), *((name, True) for name in conversion.ALLOCATIONS)]
+    for group, keep, (allocate, whitened) in list(itertools.product(GROUPS, KEEPS, rules))[max(skipped - 1, 0) :]:
+        grouping = conversion.group_heads(llama.config, group)
+        ranks = conversion.share_ranks(allocate, llama, windows, moments, grouping, keep, side, windows.digest)
+        same = grouping, whitened, ranks.tobytes()  # rules may agree
+        if same not in known:
+            llama.decoder = with_ranks(llama, moments if whitened else None, grouping, ranks)
+            known[same] = perplexity(llama, scored)
+            llama.decoder = exact
+        share = ranks.mean(axis=0) / grouping.width
+        yield {
+            "keep": keep, "group": grouping.size, "allocate": allocate, "whitened": whitened,
+            "kept": float(ranks.mean() / grouping.width), "kept_k": float(share[0]), "kept_v": float(share[1]),
+            "k_ranks": _count(ranks[:, 0]), "v_ranks": _count(ranks[:, 1]),
+        } | known[same]  # fmt: skip
 
 
 def _count(ranks: np.ndarray) -> dict[str, int]:
@@ -113,7 +114,10 @@ def main(model: str, text: str, windows: int, threads: int, output: Path) -> Non
             "model": llama.config.name, "type": _type(llama), "text": Path(text).name, "n_ctx": N_CTX,
             "windows": windows, "factors": "f16", "rows": [],
         }  # fmt: skip
-        for row in rows(llama, Path(text).read_bytes(), windows, side):
+        before = json.loads(output.read_text()) if output.exists() else {}
+        if {**before, "date": "", "rows": []} == {**result, "date": ""}:
+            result["rows"] = before["rows"]
+        for row in rows(llama, Path(text).read_bytes(), windows, side, len(result["rows"])):
             result["rows"].append(row)
             output.write_text(json.dumps(result, indent=1) + "\n")
             label = "plain SVD, prior" if row.get("whitened") is False else row["allocate"]
