@@ -207,6 +207,19 @@ class GGUFFile:
         return self.error(f"{key} is {show(value)}, expected {expected}")
 
 
+def raw_keys(path: str | os.PathLike[str]) -> dict[str, bytes]:
+    """The metadata of a file as it lies there, key and value, by key: for a copy with other tensors. ModelError."""
+    scan = _Scan(Path(path), _map(Path(path)), _Limits())
+    _, _, n_keys = scan.header()
+    entries: dict[str, bytes] = {}
+    for _ in range(n_keys):
+        start = scan.pos
+        key = scan.string("a key")
+        scan.value(f"key {show(key)}")
+        entries[key] = scan.data[start : scan.pos]
+    return entries
+
+
 def show(value: Value) -> str:
     """A value from a file for an error line: one line, no control characters, not too long."""
     if isinstance(value, (list, np.ndarray)):

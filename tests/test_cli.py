@@ -14,7 +14,7 @@ import pytest
 from conftest import Cli, minirt, on_terminal, only_line, quiet_env
 from make_gguf import tiny
 
-COMMANDS = ("bench", "chat", "run", "info", "perplexity", "tokenize")
+COMMANDS = ("bench", "chat", "run", "info", "palu", "perplexity", "tokenize")
 REFERENCE = ("--device", "reference")
 
 
@@ -130,7 +130,9 @@ def test_wrong_values_of_chat(cli: Cli, flags: tuple[str, str]) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("name", ["nosuch.gguf", "/", __file__, "a\0b.gguf", "x\n\x1b[31m.gguf"], ids=ascii)
 def test_a_model_that_is_none(cli: Cli, command: str, name: str) -> None:
-    more = {"run": ("-p", "x"), "perplexity": ("-f", __file__), "tokenize": ("text",)}.get(command, ())
+    more = {"run": ("-p", "x"), "perplexity": ("-f", __file__), "tokenize": ("text",), "palu": ("-o", "x")}.get(
+        command, ()
+    )
     result = cli(command, name, *more)
     assert result.exit_code == 1
     line = only_line(result.stderr)

@@ -21,6 +21,7 @@ from .bench import bench
 from .chat import chat
 from .eval import evaluate
 from .info import info
+from .palu import palu
 from .perplexity import perplexity
 from .run import run
 from .terminal import describe, say
@@ -113,5 +114,5 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (chat, run, info, bench, perplexity, evaluate, tokenize, warmup):
+for _command in (chat, run, info, bench, perplexity, evaluate, palu, tokenize, warmup):
     main.add_command(_command)

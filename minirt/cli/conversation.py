@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError, UsageError
-from .files import whole_file
+from ..files import whole_file
 from .terminal import read_file
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
+from ..files import whole_file
 from .bench_output import Column, Markdown, open_output
-from .files import whole_file
 
 Record = dict[str, Any]  # of minirt.eval.grid.record
 

@@ -17,8 +17,8 @@ import click
 from click.core import ParameterSource
 
 from ..errors import ModelError, UsageError
+from ..files import whole_file
 from ..progress import Progress
-from .files import whole_file
 from .options import Engine, engine_options, json_option, model_argument, positive_or_all
 from .policy_flags import PolicyCommand
 from .terminal import read_file, say

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from ..errors import ModelError
+from .errors import ModelError
 
 
 @contextlib.contextmanager
