@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from minirt.stores.latent import POSITION_BYTES, UNIT
 from . import latent_attention
 from .blocks import FORMATS
 from .crew import Crew
+from .ir_vectors import LANES
 from .kernels import finish_heads
 from .latent_rows import write_rows
 from .memory import zeros
@@ -60,37 +61,59 @@ class Turns:
 
 
 @dataclass(frozen=True, eq=False)
-class Factor:
-    """The second factor of keys or values, [H_kv d, r], as kernels want it."""
+class KeyFactor:
+    """The second factor of keys, [H_kv d, r], and what comes after it."""
+
+    head_dim: int
+    rank: int
+    n_head_kv: int
+    values: np.ndarray  # float32: see rebuilding.pack
+    bias: np.ndarray
+    norm: np.ndarray
+    eps: np.float32
+    turns: Turns
+
+    @property
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+    def packed(self, groups: int) -> Packed:
+        """For kernels that rebuild tiles."""
+        rope, heads = self.turns.rope, self.n_head_kv // groups
+        arrays, pairs = (self.values, self.bias, self.norm, self.turns.table), rope.dim // 2
+        return Packed(*arrays, heads, self.head_dim, self.eps, pairs, *((2, 1) if rope.interleaved else (1, pairs)))
+
+    def cover(self, n: int) -> None:
+        """Positions 0 ... n - 1 can be turned to."""
+        self.turns.cover(n)
+
+
+@dataclass(frozen=True, eq=False)
+class ValueFactor:
+    """The second factor of values, [H_kv d, r], and their bias.
+
+    Decode steps read it once, for sums of latents, in the type it has; a prompt rebuilds values.
+    """
 
     head_dim: int
     rank: int
     n_head_kv: int
     nbytes: int
-    packed: np.ndarray | None  # of keys, float32: see rebuilding.pack
-    matrix: Any  # of values, a PanelMatrix whose heads are filled up to whole vectors: it is read in each decode step
+    matrix: Any  # PanelMatrix, F16 or F32, in which heads are filled up to whole vectors, and r to blocks
+    descriptor: np.ndarray  # of the matrix
     bias: np.ndarray
-    norm: np.ndarray
-    eps: np.float32
-    turns: Turns | None
-    descriptor: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # of the matrix
 
-    def as_packed(self, groups: int) -> Packed:
-        """For kernels that rebuild tiles."""
-        heads, d = self.n_head_kv // groups, self.head_dim
-        values = pack(self._values(), groups) if self.packed is None else self.packed
-        if self.turns is None:
-            return Packed(values, self.bias, self.norm, _NO_TURNS, heads, d, self.eps, 0, 1, 1)
-        rope = self.turns.rope
-        pairing = (2, 1) if rope.interleaved else (1, rope.dim // 2)
-        return Packed(values, self.bias, self.norm, self.turns.table, heads, d, self.eps, rope.dim // 2, *pairing)
-
-    def _values(self) -> np.ndarray:
-        """[H_kv d, r], of values."""
+    def packed(self, groups: int) -> Packed:
+        """For kernels that rebuild tiles; nothing turns."""
         kind = {"F16": np.float16, "F32": np.float32}[self.matrix.name]
-        panels = self.matrix.panels.view(kind).reshape(len(self.matrix.panels), -1, 16).swapaxes(1, 2)
+        panels = self.matrix.panels.view(kind).reshape(len(self.matrix.panels), -1, LANES).swapaxes(1, 2)
         heads = panels.reshape(self.n_head_kv, -1, panels.shape[2])[:, : self.head_dim, : self.rank]
-        return heads.reshape(-1, self.rank).astype(np.float32)
+        values = pack(heads.reshape(-1, self.rank).astype(np.float32), groups)
+        arrays, each = (values, self.bias, _EMPTY, _NO_TURNS), self.n_head_kv // groups
+        return Packed(*arrays, each, self.head_dim, np.float32(0.0), 0, 1, 1)
+
+    def cover(self, n: int) -> None:
+        """Values do not turn."""
 
 
 class CpuLatents(Latents):
@@ -125,23 +148,21 @@ class LatentOps:
         bias: np.ndarray | None,
         norm: np.ndarray | None = None,
         rope: Rope | None = None,
-    ) -> Factor:
+    ) -> KeyFactor | ValueFactor:
         (n_out, rank), heads = tensor.shape, config.n_head_kv
-        d, groups = n_out // heads, _groups(config)
-        empty = (_EMPTY if a is None else a for a in (bias, norm))
-        rest = (*empty, np.float32(config.rms_eps))
+        d, (bias, norm) = n_out // heads, (_EMPTY if a is None else a for a in (bias, norm))
         if rope is not None:
-            packed = pack(dequantize(tensor), groups)
-            own = zeros(packed.shape, np.float32)
-            own[:] = packed
-            return Factor(d, rank, heads, own.nbytes, own, None, *rest, self._turns_of(rope))
-        kind = np.dtype(f"<{tensor.type.name.lower()[0]}{tensor.type.block_bytes}")
+            packed = pack(dequantize(tensor), _groups(config))
+            values = zeros(packed.shape, np.float32)
+            values[:] = packed
+            return KeyFactor(d, rank, heads, values, bias, norm, np.float32(config.rms_eps), self._turns_of(rope))
+        kind = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4")}[tensor.type.name]
         whole = np.zeros((heads, whole_vectors(d), -(-rank // UNIT) * UNIT), kind)
         whole[:, :d, :rank] = tensor.data.view(kind).reshape(heads, d, rank)
         rows = whole.reshape(-1, whole.shape[2])
         matrix = self.matrix(Tensor(tensor.name, tensor.type, rows.shape, rows.view(np.uint8)))
         described = np.array(matrix.descriptor(4, False), np.int64)
-        return Factor(d, rank, heads, tensor.data.nbytes, None, matrix, *rest, None, described)
+        return ValueFactor(d, rank, heads, tensor.data.nbytes, matrix, described, bias)
 
     def _q_and_latents(
         self, out: np.ndarray, begins: Sequence[int], layer: LayerWeights, config: ModelConfig, angles: Angles
@@ -179,8 +200,7 @@ class LatentOps:
             highest = write_rows(rows.described, rows.shape[2], seq, slot, x)
             if highest < 0:
                 raise ValueError(f"slots {slot} lie outside a cache {rows.shape}, or positions outside a text")
-            if rows.factor.turns is not None:
-                rows.factor.turns.cover(highest + 1)
+            rows.factor.cover(highest + 1)
 
     def _attend_latents(
         self, name: str, q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray, far: Far | None, kept: np.ndarray
@@ -192,7 +212,7 @@ class LatentOps:
             check_far(q, far, first)
             queries, until = np.concatenate((q, far.q), axis=1), far.stop
         groups, (keys, values) = kv.k.shape[1], (kv.k.factor, kv.v.factor)
-        packed, rank = keys.as_packed(groups), values.matrix.shape[1]
+        packed, rank = keys.packed(groups), values.matrix.shape[1]
         rebuild = rebuild_scratch(packed)
         size = latent_attention.attention_scratch(rebuild, shape[1] // groups, rank, shape[2])
         bias = values.bias if len(values.bias) else self._buffer("no bias", (keys.n_head_kv * shape[2],))
@@ -208,7 +228,7 @@ class LatentOps:
         """Keys and values of the first n slots of a sequence, as a float32 cache of one: scratch."""
         arrays = []
         for name, rows in zip(("keys",) if keys_only else ("keys", "values"), kv, strict=False):
-            packed = rows.factor.as_packed(rows.shape[1])
+            packed = rows.factor.packed(rows.shape[1])
             shape = (rows.factor.n_head_kv, whole_vectors(n), whole_vectors(rows.factor.head_dim))
             out = self._buffer(f"rebuilt {name}", shape)
             scratch = self._scratch_of(rebuild_scratch(packed))
@@ -222,7 +242,9 @@ class LatentOps:
         return found
 
 
-def allocate_latents(store: LatentStore, shape: tuple[int, int, int, int], factor: Factor) -> CpuLatents:
+def allocate_latents(
+    store: LatentStore, shape: tuple[int, int, int, int], factor: KeyFactor | ValueFactor
+) -> CpuLatents:
     """Room for rows of latents [B, G, slots, numbers]."""
     return CpuLatents(zeros((*shape[:3], store.items(shape[3])), np.uint8), store, factor)
 

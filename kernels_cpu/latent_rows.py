@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from minirt.stores.latent import MAX_POSITION, UNIT
+from minirt.stores.latent import MAX_POSITION, SCALE_BYTES, UNIT
 
 from .compiled import kernel
 from .ir_vectors import (
@@ -44,7 +44,6 @@ from .ir_vectors import (
 from .pointers import address, copy_floats
 
 ADDRESS, SEQUENCE, GROUP, ROW, RANK, BLOCKS, BITS, POSITION = range(8)
-_HEAD = 4  # bytes: float16 scale and minimum
 
 
 @intrinsic
@@ -167,7 +166,7 @@ def _load_blocks(bits: int) -> Any:
             if bits < 16:
                 halves = (half_to_float(b, load(b, at(b, row, 2 * i), I16)) for i in range(2))
                 scale, minimum = (splat(b, half) for half in halves)
-            head = 0 if bits == 16 else _HEAD
+            head = 0 if bits == 16 else SCALE_BYTES
             with cgutils.for_range(b, args[1]) as loop:
                 block = at(b, at(b, row, head), b.mul(loop.index, I64(UNIT * bits // 8)))
                 target = at(b, to, b.mul(loop.index, I64(4 * UNIT)))
@@ -255,7 +254,7 @@ def _encode_latent(x, n, bits, blocks, room, row):  # type: ignore[no-untyped-de
         low, high = _range_of(x, n)
         scale, minimum = _put_halves(row, (high - low) / most, low)
         inverse = np.float32(0.0) if scale == 0 else np.float32(1.0) / scale
-        row += _HEAD
+        row += SCALE_BYTES
     room[n:] = minimum  # which gives code 0
     if bits == 16:
         _store16(to, blocks, minimum, inverse, row)
