@@ -184,7 +184,7 @@ def test_commands(cli: Cli, low: Path, tmp_path: Path) -> None:
     ]
     text = cli("info", low).stdout
     for words in (
-        "1 groups of 2 KV heads, q4 latents",
+        "groups of 2 KV heads, q4 latents",
         "32 to 96, mean 64.0, of 128",
         "--kv latent-q3",
         "--kv latent-q4",

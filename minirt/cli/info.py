@@ -185,7 +185,7 @@ def _text(facts: dict[str, Any]) -> str:
 def _palu_lines(model: dict[str, Any]) -> list[str]:
     palu = model["palu"]
     lines = [
-        f"  Palu             {model['n_head_kv'] // palu['group_size']} groups of {palu['group_size']} KV heads, "
+        f"  Palu             groups of {palu['group_size']} KV heads, "
         f"{palu['latent']} latents{', rotated' if palu['hadamard'] else ''}"
     ]
     for what, ranks in (("keys", palu["k_ranks"]), ("values", palu["v_ranks"])):
