@@ -209,6 +209,16 @@ def turned(x, out, cos, sin, stride, partner):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def copy_columns(x, begin, out):  # type: ignore[no-untyped-def]
+    """out [N, H, d] = columns of x [N, ...] from `begin` on."""
+    n, heads, d = out.shape
+    for i in range(n):
+        for h in range(heads):
+            for j in range(d):
+                out[i, h, j] = x[i, begin + h * d + j]
+
+
+@kernel
 def side_by_side(x, y, out):  # type: ignore[no-untyped-def]
     """out [N, 2 H, d] = heads x and y [N, H, d], one after the other."""
     n, heads, d = x.shape

@@ -168,11 +168,18 @@ class CpuOps(EvictionOps, LatentOps, SparseOps):
             w.out, *w.begins, n_head, n_head_kv, d, *(_NOTHING if a is None else a for a in optional),
             np.float32(config.rms_eps), cos, sin, *((2, 1) if angles.interleaved else (1, cos.shape[1])),
         )  # fmt: skip
-        q, k, v = (
-            self._in_order(w.out[:, begin : begin + heads * d]).reshape(n, heads, d)
-            for begin, heads in zip(w.begins, (n_head, n_head_kv, n_head_kv), strict=True)
-        )
+        parts = zip(("queries", "keys", "values"), w.begins, (n_head, n_head_kv, n_head_kv), strict=True)
+        q, k, v = (self._columns(name, w.out, begin, (n, heads, d)) for name, begin, heads in parts)
         return q, k, v
+
+    def _columns(self, name: str, x: np.ndarray, begin: int, shape: tuple[int, int, int]) -> np.ndarray:
+        """Columns of x [N, ...] from `begin` on as heads [N, H, d] in order; of few rows in the buffer of that name."""
+        n, heads, d = shape
+        if 1 < n <= FEW_ROWS:
+            out = self._buffer(f"projected {name}", shape)
+            self._run(kernels.copy_columns, x, begin, out)
+            return out
+        return self._in_order(x[:, begin : begin + heads * d]).reshape(shape)
 
     def add_linear(self, x: np.ndarray, h: np.ndarray, matrix: PanelMatrix) -> None:
         check(x.shape == (len(h), matrix.shape[0]), "residual", x.shape, h.shape)

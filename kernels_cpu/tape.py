@@ -114,6 +114,11 @@ def _gated_products(place, *args):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _copy_columns(place, *args):  # type: ignore[no-untyped-def]
+    return _prepare(kernels.copy_columns, args, place)
+
+
+@kernel
 def _turned(place, *args):  # type: ignore[no-untyped-def]
     return _prepare(kernels.turned, args, place)
 
@@ -196,6 +201,7 @@ def _merge(place, *args):  # type: ignore[no-untyped-def]
 _PREPARE = {
     kernels.norm_products: _norm_products,
     kernels.finish_qkv: _finish_qkv,
+    kernels.copy_columns: _copy_columns,
     kernels.turned: _turned,
     kernels.side_by_side: _side_by_side,
     kernels.add_product: _add_product,

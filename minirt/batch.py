@@ -77,7 +77,8 @@ def _step(rows: Sequence[Row]) -> None:
     """Appends the last token of each answer to its sequence, and chooses the next."""
     any_session, begun = rows[0][0], time.perf_counter()
     tokens = [answer.tokens[-1] for _, answer in rows]
-    logits = any_session.decoder.decode(any_session.cache.part(0, len(rows)), tokens)
+    cache = any_session.cache
+    logits = any_session.decoder.decode(cache if len(rows) == len(cache.n_seen) else cache.part(0, len(rows)), tokens)
     seconds = time.perf_counter() - begun
     for (session, answer), token, after in zip(rows, tokens, logits, strict=True):
         session.stepped(token, seconds, len(rows))

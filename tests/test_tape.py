@@ -18,6 +18,7 @@ from kernels_cpu.compiled import kernel
 from kernels_cpu.crew import AWAKE, Crew, share_long
 from minirt import Llama
 from minirt.ops import CODED_UNIT
+from minirt.stores import get_stores
 
 N_CTX = 96
 NAMES = ["llama-gqa3-d64-tied", "llama-gqa4-d80", "llama-gqa8-d128", "qwen2-gqa3-d128", "qwen3-gqa1-d80"]
@@ -111,6 +112,30 @@ def test_heads_of_no_whole_vectors_are_not_recorded(tmp_path: Path, records: lis
     assert len(list(script(llama))) == 93
     assert records
     assert not any(records)
+
+
+@pytest.mark.parametrize(
+    "policy", ["dense", "sparq:r=4:k=12", "streaming:budget=16:positions=reindexed", "d2o:budget=16"]
+)
+def test_several_sequences_together(
+    policy: str, paths: dict[str, Path], records: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = load(paths[NAMES[0]], policy=policy).decoder
+    plan = decoder.policy.plan(decoder.config, N_CTX, *get_stores("f16"))
+    tokens = np.random.default_rng(0).integers(0, decoder.config.n_vocab, (3, 60))
+
+    def steps() -> Iterator[np.ndarray]:
+        cache = decoder.new_cache(plan, 3)
+        for seq, n in enumerate((1, 20, 9)):
+            decoder.prefill(cache, tokens[seq, :n].tolist(), seq)
+        for t in range(20, 60):
+            yield decoder.decode(cache, tokens[:, t].tolist())
+
+    recorded = list(steps())
+    assert all(records)
+    assert len(records) < 15
+    monkeypatch.setattr(CpuOps, "record", call_by_call)
+    assert np.array_equal(recorded, list(steps()))
 
 
 def test_two_caches_of_one_decoder(paths: dict[str, Path]) -> None:
