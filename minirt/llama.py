@@ -140,9 +140,10 @@ class Llama:
         small = parse_policy(policy or d.policy).small()
         some = Decoder(self.config, d.weights, d.ops, small)
         cache = some.new_cache(small.plan(self.config, MIN_CONTEXT, *stores))
-        for n in (2, MIN_CONTEXT - 4):  # within what a small policy reads, and beyond
+        for n, steps in ((2, 2), (MIN_CONTEXT - 5, 1)):  # within what a small policy reads, and beyond
             some.prefill(cache, [0] * n)
-            some.decode(cache, [0])
+            for _ in range(steps):  # the first is recorded, the second played
+                some.decode(cache, [0])
         # A prompt is computed otherwise than a few rows are: one layer of each kind is enough to see to that.
         kinds = {}
         for i in range(self.config.n_layer):
