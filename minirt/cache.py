@@ -87,14 +87,17 @@ class Cache:
     lasting: bool = True  # not made for one step
     recorded: Any = None  # the decoder's, of the last step
     _made: tuple[bytes, Any] = (b"", None)  # the last answer of `once` ...
-    _make: Callable[[], Any] | None = None  # ... and what gave it
+    _make: Callable[[Cache], Any] | None = None  # ... and what gave it
     _turned: tuple[bytes, Any] = (b"", None)  # the last answer of `turns`: all layers of a step ask for the same
 
-    def once(self, make: Callable[[], T]) -> T:
-        """What `make` gives, made once for all layers of a step: it depends on the sequences' lengths alone."""
+    def once(self, make: Callable[[Cache], T]) -> T:
+        """What make(self) gives, made once for all layers of a step: it depends on the sequences' lengths alone.
+
+        It is kept, so it must not hold the cache itself: memory would not be given back with the last reference.
+        """
         key = self._lengths()
         if self._made[0] != key:
-            self._made, self._make = (key, make()), make
+            self._made, self._make = (key, make(self)), make
         made: T = self._made[1]
         return made
 
@@ -103,7 +106,8 @@ class Cache:
         and a step so that does something else."""
         if self._make is None:
             return True
-        old, new = self._made[1], self._make()
+        old, new = self._made[1], self._make(self)
+        self._made = b"", old  # of no step, if it is interrupted
         same = _renew(old, new, {})
         self._made = self._lengths(), old if same else new
         return same

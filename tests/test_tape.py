@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ import pytest
 from golden import MODELS, make_model
 from test_policies import POLICY_TABLE
 
+import minirt.cache
 from kernels_cpu import CpuOps, tape
 from kernels_cpu.compiled import kernel
 from kernels_cpu.crew import AWAKE, Crew, share_long
@@ -155,6 +158,41 @@ def test_two_caches_of_one_decoder(paths: dict[str, Path]) -> None:
             if i == 3:
                 decoder.prefill(decoder.new_cache(llama.session.cache.plan), tokens * 4)  # takes more scratch
             assert np.array_equal(decoder.decode(cache, [tokens[start + 5 + i]])[0], alone[which][i])
+
+
+@pytest.mark.parametrize("policy", ["dense", "sparq:r=4:k=12", "topk:k=12", "window:budget=16", "d2o:budget=16"])
+def test_a_cache_is_given_back_with_the_last_reference(policy: str, paths: dict[str, Path]) -> None:
+    """Not when Python looks for cycles: it does not know how large the memory is."""
+    llama = load(paths[NAMES[0]], policy=policy)
+    list(script(llama))
+    cache = weakref.ref(llama.session.cache)
+    gc.disable()
+    try:
+        llama.set_policy("dense")
+        assert cache() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("policy", ["dense", "streaming:budget=16", "d2o:budget=16"])
+def test_an_interrupt_while_a_step_is_renewed(
+    policy: str, paths: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(old: Any, new: Any, seen: Any) -> bool:
+        renew(old, new, seen)
+        raise KeyboardInterrupt
+
+    llama, renew = load(paths[NAMES[0]], policy=policy), minirt.cache._renew
+    truth = list(script(llama, ((30, 5),)))
+    generated = script(llama, ((30, 5),))
+    for _ in range(3):
+        next(generated)
+    monkeypatch.setattr(minirt.cache, "_renew", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        next(generated)
+    monkeypatch.undo()
+    llama.session.feed(llama.session.tokens[:31])
+    assert np.array_equal(truth, list(script(llama, ((30, 5),))))
 
 
 def test_a_full_cache_is_an_error(paths: dict[str, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import os
 import tempfile
@@ -12,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config import ModelConfig
+from ..config import LATENTS, ModelConfig, PaluConfig
 from ..dequantize import dequantize
 from ..errors import ModelError, UsageError
 from ..files import whole_file
 from ..gguf_file import GGUFFile
 from ..llama import Llama
+from ..stores import get_stores
 from . import ranks
 from .calibration import Windows, cut, input_moments, window_length
 from .copying import Make, NewTensor, new_type, write_copy
@@ -27,8 +29,6 @@ from .probes import gains, probe_rank
 from .side_file import Report, SideFile
 
 ALLOCATIONS = ("uniform", "prior", "kl", "fisher")
-LATENTS = {"f16": 16, "q4": 4, "q3": 3}  # bits of a number
-SCALE_BYTES = 4  # of a quantised latent, per token and group: a float16 scale and a float16 minimum
 DEFAULT_GROUP = 4  # KV heads at most
 VERSION = 1
 NAMES = ("k", "v")
@@ -51,7 +51,7 @@ class Conversion:
     grouping: Grouping
     latent: str
     dense_bytes: int  # of the cache per token, float16
-    latent_bytes: int  # ... as latents, scales and minima included
+    latent_bytes: int  # ... as latents, with their scales and positions, filled up to blocks
 
 
 def convert(
@@ -211,10 +211,12 @@ def _metadata(
 
 
 def _conversion(config: ModelConfig, chosen: np.ndarray, grouping: Grouping, latent: str) -> Conversion:
-    numbers, n = int(chosen.sum()) * grouping.n_groups, chosen.size * grouping.n_groups
-    scales = 0 if latent == "f16" else n * SCALE_BYTES
-    dense = 2 * config.n_layer * config.n_head_kv * config.head_dim * 2
-    return Conversion(chosen, grouping, latent, dense, numbers * LATENTS[latent] // 8 + scales)
+    k_ranks, v_ranks = (tuple(ranks) for ranks in chosen.T.tolist())
+    palu = PaluConfig(grouping.size, k_ranks, v_ranks, latent, hadamard=True)
+    low_rank, every = dataclasses.replace(config, palu=palu), range(config.n_layer)
+    latents = sum(store.slot_bytes(low_rank, layer) for store in get_stores("palu", palu) for layer in every)
+    dense = sum(store.slot_bytes(config, layer) for store in get_stores("f16") for layer in every)
+    return Conversion(chosen, grouping, latent, dense, latents)
 
 
 def _identity(path: Path) -> tuple[int, int]:

@@ -36,7 +36,7 @@ class Dense(BasePolicy):
         return ops.attend_chunk(q, cache.layers[layer], seq, start, cache.plan.window)
 
     def attend(self, ops: Ops, cache: Cache, layer: int, q: Array, k: Array, v: Array) -> Array:
-        every, first, stop = cache.once(lambda: _ranges(cache))
+        every, first, stop = cache.once(_ranges)
         ops.append(cache.layers[layer], every, cache.n_seen, k, v)
         return ops.attend(q, cache.layers[layer], first, stop)
 

@@ -104,7 +104,7 @@ class Evicting(BoundedPolicy):
         return out
 
     def attend(self, ops: Ops, cache: Cache, layer: int, q: Array, k: Array, v: Array) -> Array:
-        step = cache.once(lambda: self._steps_of_layers(cache))[layer]
+        step = cache.once(self._steps_of_layers)[layer]
         kv, side = cache.layers[layer], cache.side
         positions, scores, free = side["positions"][layer], side["scores"][layer], side["free"][layer]
         ops.overwrite(kv, free, k, v, positions, cache.n_seen)

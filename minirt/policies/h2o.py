@@ -5,7 +5,8 @@ When the budget is exceeded, the lowest score among all but the newest `recent` 
 
 Deviations: scores are kept per KV head, as the mean over the query heads that share it (the paper's models share none;
 the SparQ authors, arXiv 2312.04985, do the same); sums are float32. Keys keep their true positions. Half of the budget
-is for the newest tokens, as in the paper's experiments.
+is for the newest tokens, as in the paper's experiments. Of cached latents (--kv palu) KV heads that share one decide
+together.
 """
 
 from __future__ import annotations

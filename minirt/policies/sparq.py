@@ -102,7 +102,7 @@ class SparQ(BasePolicy):
         return ops.attend_chunk(q, cache.layers[layer], seq, start)
 
     def attend(self, ops: Ops, cache: Cache, layer: int, q: Array, k: Array, v: Array) -> Array:
-        every, first, stop, few = cache.once(lambda: every_token(cache, self.k))
+        every, first, stop, few = cache.once(lambda own: every_token(own, self.k))
         kv = cache.layers[layer]
         self._append(ops, cache, layer, every, cache.n_seen, k, v)
         if few:

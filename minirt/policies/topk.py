@@ -34,7 +34,7 @@ class TopK(Dense):
         return dataclasses.replace(self, k=4)
 
     def attend(self, ops: Ops, cache: Cache, layer: int, q: Array, k: Array, v: Array) -> Array:
-        every, first, stop, few = cache.once(lambda: every_token(cache, self.k))
+        every, first, stop, few = cache.once(lambda own: every_token(own, self.k))
         kv = cache.layers[layer]
         ops.append(kv, every, cache.n_seen, k, v)
         if few:

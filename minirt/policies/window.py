@@ -104,7 +104,7 @@ class Window(BoundedPolicy):
         return out
 
     def attend(self, ops: Ops, cache: Cache, layer: int, q: Array, k: Array, v: Array) -> Array:
-        kv, pos, step = cache.layers[layer], cache.n_seen, cache.once(lambda: self._step(ops, cache))
+        kv, pos, step = cache.layers[layer], cache.n_seen, cache.once(lambda own: self._step(ops, own))
         ops.append(kv, step.every, step.slot, k, v)
         for b, turns in zip(step.begin, step.key_turns, strict=True):
             key = self.sink_keys(ops, cache, k[b : b + 1], turns)
