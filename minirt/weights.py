@@ -128,9 +128,10 @@ def product(first: Tensor, second: Tensor) -> Tensor:
     a, b = dequantize(first), dequantize(second)
     rank = b.shape[1]
     groups = a.reshape(-1, rank, a.shape[1])
-    values = (b.reshape(len(groups), -1, rank) @ groups).reshape(len(b), -1)
-    data = values.astype(np.float16 if first.type.name == "F16" else np.float32).view(np.uint8)
-    return Tensor(f"{second.name} {first.name}", first.type, values.shape, data)
+    with np.errstate(over="ignore", invalid="ignore"):  # damaged factors are reported once, with the logits
+        values = (b.reshape(len(groups), -1, rank) @ groups).reshape(len(b), -1)
+        values = values.astype(np.float16 if first.type.name == "F16" else np.float32)
+    return Tensor(f"{second.name} {first.name}", first.type, values.shape, values.view(np.uint8))
 
 
 LAYER_TENSORS = {
@@ -186,8 +187,10 @@ def _in_layers(c: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
 
 def _check_factor(file: GGUFFile, tensor: Tensor) -> None:
     """Of a low-rank projection."""
-    if tensor.type.name not in ("F32", "F16"):
+    kinds = {"F32": np.float32, "F16": np.float16}
+    if tensor.type.name not in kinds:
         raise file.error(f"tensor '{tensor.name}' is {tensor.type.name}, expected F32 or F16")
+    _check_finite(file, tensor, tensor.data.view(kinds[tensor.type.name]))
 
 
 def _check(file: GGUFFile, tensor: Tensor, shape: Shape) -> None:
@@ -198,7 +201,11 @@ def _check(file: GGUFFile, tensor: Tensor, shape: Shape) -> None:
     if tensor.type.block_size != 1:
         raise file.error(f"tensor '{tensor.name}' is {tensor.type.name}, expected F32, F16 or BF16")
     values = dequantize(tensor)
-    if not np.isfinite(values).all():
-        raise file.error(f"tensor '{tensor.name}' holds a value that is not finite")
+    _check_finite(file, tensor, values)
     if tensor.name == "rope_freqs.weight" and not (values > 0).all():
         raise file.error(f"tensor '{tensor.name}' holds {values.min():g}, expected values above 0")
+
+
+def _check_finite(file: GGUFFile, tensor: Tensor, values: np.ndarray) -> None:
+    if not np.isfinite(values).all():
+        raise file.error(f"tensor '{tensor.name}' holds a value that is not finite")

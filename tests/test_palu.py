@@ -245,8 +245,12 @@ def test_keys_that_do_not_fit(folder: Path, tmp_path: Path, keys: dict[str, Any]
         ({"blk.0.attn_k_b.weight": np.zeros((128, 32), np.float32)}, "has shape (128, 32), expected (256, 32)"),
         ({"blk.0.attn_k.weight": np.zeros((256, 96), np.float32)}, "tensor 'blk.0.attn_k.weight' is not one a llama"),
         ({"blk.0.attn_k_b.weight": np.zeros((256, 32), np.int32)}, "is I32, which is not supported"),
+        (
+            {"blk.0.attn_k_b.weight": np.full((256, 32), np.nan, np.float32)},
+            "tensor 'blk.0.attn_k_b.weight' holds a value that is not finite",
+        ),
     ],
-    ids=["no first factor", "no second factor", "wrong shape", "the projection too", "wrong type"],
+    ids=["no first factor", "no second factor", "wrong shape", "the projection too", "wrong type", "NaN"],
 )
 def test_tensors_that_do_not_fit(folder: Path, tmp_path: Path, tensors: dict[str, Any], line: str) -> None:
     broken(folder, tmp_path, line, tensors=tensors)

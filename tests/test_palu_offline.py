@@ -20,6 +20,7 @@ from minirt import Llama, ModelError, UsageError
 from minirt.palu import convert, ranks
 from minirt.palu import side_file as side_file_module
 from minirt.palu.calibration import own_text, reader
+from minirt.palu.conversion import share_ranks
 from minirt.palu.factors import LEAST, compose, factorise, spectrum
 from minirt.palu.hadamard import rotation
 from minirt.reference import rms_norm
@@ -392,6 +393,57 @@ def test_the_command(models: dict[str, Path], tmp_path: Path, cli: Cli) -> None:
         f"{out}: ranks of keys 32, of values 64, of 64 (2 KV heads a group): 75.0 % kept",
         "cache: 120 bytes a token as q4, 23.4 % of the 512 of a dense f16 cache",
     ]
+
+
+def test_latents_are_rotated_unless_told_otherwise(models: dict[str, Path], tmp_path: Path, cli: Cli) -> None:
+    """Other factors, the same products; the file says which."""
+    products, firsts = [], []
+    for name, flags in (("with", []), ("without", ["--no-hadamard"])):
+        out = tmp_path / f"{name}.gguf"
+        assert cli("palu", models["llama"], "-o", out, "--keep", "0.75", "--windows", "3", *flags).exit_code == 0
+        reader = gguf.GGUFReader(out)
+        assert reader.fields["palu.hadamard"].contents() is (name == "with")
+        tensors = {t.name: np.asarray(t.data, np.float32) for t in reader.tensors}
+        a, b = (tensors[f"blk.1.attn_v_{x}.weight"] for x in "ab")
+        firsts.append(a)
+        products.append(compose(a, b, 1))
+    assert np.abs(firsts[0] - firsts[1]).max() > 0.01 * np.abs(firsts[0]).max()
+    assert np.abs(products[0] - products[1]).max() < 1e-5 * np.abs(products[0]).max()
+
+
+def test_an_output_that_appears_meanwhile_is_left_alone(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.gguf"
+
+    def shares(*args: Any) -> np.ndarray:
+        out.write_text("somebody's")
+        return share_ranks(*args)
+
+    monkeypatch.setattr("minirt.palu.conversion.share_ranks", shares)
+    with pytest.raises(ModelError, match="is there already"):
+        convert(models["llama"], out, keep=0.75, n_windows=2)
+    assert out.read_text() == "somebody's"
+
+
+def test_what_another_model_left_is_not_taken(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The side file lies beside the output, whatever the model was."""
+    truth, out = tmp_path / "truth.gguf", tmp_path / "out.gguf"
+    other = small(tmp_path / "other.gguf", seed=6)
+    convert(other, truth, keep=0.75, n_windows=2)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("minirt.palu.conversion.write_copy", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(models["llama"], out, keep=0.75, n_windows=2)
+    with pytest.warns(UserWarning, match="of another model or text"):
+        convert(other, out, keep=0.75, n_windows=2)
+    assert out.read_bytes() == truth.read_bytes()
 
 
 BAD = [
