@@ -1,1 +1,1 @@
-"""Ops in CUDA, through CuPy. Empty until the GPU engine is built; `--device gpu` says so."""
+"""Ops in CUDA: kernels in the .cu files beside this one, compiled by NVRTC through CuPy when they are first used."""
