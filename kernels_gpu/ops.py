@@ -1,0 +1,9 @@
+"""GpuOps: the Ops protocol on a card."""
+
+from __future__ import annotations
+
+from .row_ops import RowOps
+
+
+class GpuOps(RowOps):
+    """All that a model computes stays on the card; what comes back is logits."""
