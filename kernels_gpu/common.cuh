@@ -23,7 +23,7 @@ DEVICE float to_float(u16 half) {
     asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(half));
     return x;
 #else
-    return host_half_to_float(half);
+    return float(__builtin_bit_cast(_Float16, half));
 #endif
 }
 
@@ -34,7 +34,7 @@ DEVICE u16 to_half(float x) {
     asm("cvt.rn.f16.f32 %0, %1;" : "=h"(half) : "f"(x));
     return half;
 #else
-    return host_float_to_half(x);
+    return __builtin_bit_cast(u16, _Float16(x));
 #endif
 }
 

@@ -60,17 +60,15 @@ class Device(Protocol):
 
 @functools.cache
 def source_of(file: str) -> str:
-    """The text of a .cu file with the headers it includes in their places, each of them once."""
-    seen: set[str] = set()
+    """The text of a .cu file with the headers it includes in their places."""
 
     def included(match: re.Match[str]) -> str:
         name = match[1]
-        if name in seen:
-            return ""
-        seen.add(name)
-        return f'#line 1 "{name}"\n{expand(name)}\n'
+        guard = f"INCLUDED_{name.removesuffix('.cuh').upper()}"
+        return f'#ifndef {guard}\n#define {guard}\n#line 1 "{name}"\n{expand(name)}\n#endif\n'
 
     def expand(name: str) -> str:
-        return INCLUDE.sub(included, (FOLDER / name).read_text())
+        text = (FOLDER / name).read_text().replace("#pragma once\n", "\n")
+        return INCLUDE.sub(included, text)
 
     return f'#line 1 "{file}"\n{expand(file)}'
