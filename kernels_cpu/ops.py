@@ -116,7 +116,10 @@ class CpuOps(EvictionOps, LatentOps, SparseOps):
     they are stored, on integers; for more, weights are decoded a few panels at a time, to 16-bit integers or float32.
     """
 
-    name = "cpu"
+    name, device_name = "cpu", ""
+
+    def memory(self) -> None:
+        return None
 
     def __init__(self, threads: int):
         self.threads = threads

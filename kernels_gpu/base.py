@@ -28,6 +28,13 @@ class BaseOps:
         self._recording: _Recording | None = None
         self._recorded_before = False
 
+    @property
+    def device_name(self) -> str:
+        return self.device.name
+
+    def memory(self) -> tuple[int, int]:
+        return self.device.memory
+
     # -- arrays --------------------------------------------------------------------------------------------------------
     def vector(self, values: np.ndarray) -> Array:
         return self.device.upload(np.ascontiguousarray(values, np.float32))

@@ -29,6 +29,7 @@ class Device(Protocol):
     capability: tuple[int, int]
     multiprocessors: int
     shared_memory: int  # bytes that a block may have at most
+    memory: tuple[int, int]  # bytes: free, and in all
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array: ...
 

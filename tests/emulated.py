@@ -25,6 +25,7 @@ class EmulatedDevice:
     """A `kernels_gpu.device.Device`. seed: of the order in which blocks and threads run."""
 
     name, capability, multiprocessors, shared_memory = "emulated", (9, 0), 4, 99 << 10
+    memory = 1 << 40, 1 << 40
 
     def __init__(self, seed: int = 0):
         self.host = HostDevice(folder(), seed)
@@ -56,7 +57,6 @@ class EmulatedDevice:
         if key not in self._kernels:
             options = [f"-D{macro}={value}" for macro, value in constants.items()]
             function = self.host.compile(source_of(file), options=options, name=file).get_function(name)
-
 
             def launch(grid: Any, block: Any, *args: Any, shared: int = 0) -> None:
                 run = functools.partial(function, grid, block, args, shared_mem=shared)
