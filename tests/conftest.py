@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from cuda_host import HostDevice, missing_compiler
 from make_gguf import tiny_model
 
 from minirt.errors import ModelError
@@ -44,6 +45,14 @@ def smollm2() -> Path:
         return default_model_path()
     except ModelError as e:
         pytest.skip(str(e))
+
+
+@pytest.fixture
+def cuda_host(pytestconfig: pytest.Config) -> HostDevice:
+    """CUDA kernels on the CPU, built into pytest's own cache; skipped where there is no g++."""
+    if reason := missing_compiler():
+        pytest.skip(reason)
+    return HostDevice(pytestconfig.cache.mkdir("cuda_host"))
 
 
 @pytest.fixture

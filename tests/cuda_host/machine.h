@@ -1,0 +1,71 @@
+// The state of the runtime: the threads of the running block, time, and what the launch was given.
+#pragma once
+#include <csetjmp>
+#include <vector>
+
+#include "runtime.h"
+
+namespace cuda_host {
+
+constexpr unsigned WARP = 32;
+constexpr size_t STACK = 256 << 10;  // bytes of a fiber
+
+struct Region {  // memory a kernel may touch, sorted by address, without overlaps
+    uintptr_t begin, end;
+    const char* name;
+    uint32_t shared;  // 1: shared memory
+};
+
+struct Launch {
+    const Kernel* kernel;
+    void** arguments;
+    uint3 grid, block;
+    uint64_t seed;
+    const Region* regions;
+    uint64_t n_regions;
+    char* error;  // [error_bytes], the message of a fault; code addresses in it as @hex@, relative to the library
+    uint64_t error_bytes;
+};
+
+enum class Waits : uint8_t { nothing, barrier, warp, forever };  // forever: it has exited
+enum class Meeting : uint8_t { sync, shuffle, ballot };
+
+struct Thread {
+    jmp_buf context;
+    char* stack;  // its lowest byte
+    bool started = false;
+    uint3 index;
+    uint16_t id;  // in the block
+    Waits waits;
+    Place place;  // of the meeting it waits at
+    Meeting meeting;
+    unsigned mask, source;
+    uint64_t value, result;
+    uint32_t seen[WARP];  // per lane of its warp: accesses up to this time are ordered before what it does now
+    bool fenced, unpublished;  // has called __threadfence; has written to global memory since
+    unsigned atomics;          // since it last waited
+};
+
+struct Machine {
+    Launch launch;
+    uint3 block_index;
+    std::vector<Thread> threads;
+    unsigned n_threads, alive, at_barrier, first_at_barrier, predicates;
+    Thread* current;  // null between blocks
+    std::vector<uint16_t> ready;
+    uint64_t random;
+    // Time counts what separates accesses: turns of threads, barriers, atomic operations. Never 0 in a launch.
+    uint32_t now, barrier_time;
+    std::vector<uint32_t> block_starts;
+
+    uint64_t draw(uint64_t below);
+};
+extern Machine machine;
+
+void yield();
+void memory_begin();        // of a launch
+void memory_begin_block();
+void settle();              // called when a thread stops running
+void memory_end();
+
+}  // namespace cuda_host

@@ -1,0 +1,198 @@
+"""Kernels of a built library, launched as CuPy launches them."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.lib.array_utils import byte_bounds
+
+from .arrays import DeviceArray, exposed
+from .build import DYNAMIC, DYNAMIC_BYTES, HERE
+from .elf import ALLOCATED, EXECUTED, OBJECT, THREAD_LOCAL, TLS, Elf
+
+MOST_THREADS, MOST_SHARED = 1024, 48 << 10  # of a block; bytes, if it does not ask for more
+LIMITS = ((2**31 - 1, 65535, 65535), (1024, 1024, 64))  # of a grid, of a block
+
+
+class KernelError(RuntimeError):
+    """What a kernel did wrong, or how it was launched wrongly."""
+
+
+class Parameter(ctypes.Structure):
+    _fields_ = (("bytes", ctypes.c_uint32), ("kind", ctypes.c_char))
+
+
+class Kernel(ctypes.Structure):
+    _fields_ = (("run", ctypes.c_void_p), ("parameters", ctypes.POINTER(Parameter)), ("count", ctypes.c_uint32))
+
+
+class Region(ctypes.Structure):
+    _fields_ = (
+        ("begin", ctypes.c_size_t), ("end", ctypes.c_size_t), ("name", ctypes.c_char_p), ("shared", ctypes.c_uint32),
+    )  # fmt: skip
+
+
+class Launch(ctypes.Structure):
+    _fields_ = (
+        ("kernel", ctypes.POINTER(Kernel)),
+        ("arguments", ctypes.POINTER(ctypes.c_void_p)),
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("seed", ctypes.c_uint64),
+        ("regions", ctypes.POINTER(Region)),
+        ("n_regions", ctypes.c_uint64),
+        ("error", ctypes.c_char_p),
+        ("error_bytes", ctypes.c_uint64),
+    )
+
+
+class Module:
+    """Kernels by name or name expression; `seeds` gives a launch its seed."""
+
+    def __init__(self, path: Path, kernels: Sequence[str], seeds: Any) -> None:
+        self.path, self.seeds = path, seeds
+        self.library = ctypes.CDLL(str(path))
+        self.kernels = {name: i for i, name in enumerate(kernels) if name}
+        elf = Elf(path.read_bytes())
+        anchor = next(s for s in elf.symbols if s.name == DYNAMIC)
+        self.library.cuda_host_shared.restype = ctypes.c_void_p
+        self.dynamic = self.library.cuda_host_shared()
+        shared_base = self.dynamic - anchor.value
+        self.shared = [
+            Region(shared_base + s.value, shared_base + s.value + s.size, s.name.encode(), 1)
+            for s in elf.symbols
+            if s.type == TLS and s.section and s.value != anchor.value
+        ]
+        function = next(s for s in elf.symbols if s.name == "cuda_host_launch")
+        base = ctypes.cast(self.library.cuda_host_launch, ctypes.c_void_p).value - function.value
+        self.globals = globals_of(elf, base)
+
+    def get_function(self, name: str) -> Function:
+        if name not in self.kernels:
+            raise KernelError(f"no kernel '{name}' (it needs extern \"C\", or a name expression)")
+        return Function(self, name)
+
+
+class Function:
+    """function(grid, block, args, shared_mem=bytes)"""
+
+    def __init__(self, module: Module, name: str) -> None:
+        self.module, self.name = module, name
+        self.kernel = Kernel.in_dll(module.library, f"cuda_host_kernel_{module.kernels[name]}")
+        self.max_dynamic_shared_size_bytes = MOST_SHARED
+
+    def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], *, shared_mem: int = 0) -> None:
+        grid, block = extents("grid", grid), extents("block", block)
+        if math.prod(block) > MOST_THREADS:
+            raise KernelError(f"{self.name}: {math.prod(block)} threads in a block, {MOST_THREADS} are possible")
+        if not 0 <= shared_mem <= min(self.max_dynamic_shared_size_bytes, DYNAMIC_BYTES):
+            raise KernelError(
+                f"{self.name}: {shared_mem} bytes of dynamic shared memory, "
+                f"max_dynamic_shared_size_bytes is {self.max_dynamic_shared_size_bytes}"
+            )
+        buffers = self.pack(args)
+        pointers = (ctypes.c_void_p * (len(buffers) + 1))(*(ctypes.addressof(b) for b in buffers))
+        dynamic = [Region(self.module.dynamic, self.module.dynamic + shared_mem, b"dynamic shared memory", 1)]
+        regions = sorted(
+            [*merged(arrays_of(args)), *self.module.shared, *self.module.globals, *(dynamic if shared_mem else [])],
+            key=lambda r: r.begin,
+        )
+        error = ctypes.create_string_buffer(8192)
+        launch = Launch(
+            ctypes.pointer(self.kernel), pointers, (ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block),
+            self.module.seeds.seed, (Region * len(regions))(*regions), len(regions),
+            ctypes.cast(error, ctypes.c_char_p), len(error),
+        )  # fmt: skip
+        if self.module.library.cuda_host_launch(ctypes.byref(launch)):
+            raise KernelError(f"{self.name}: {self.readable(error.value.decode())}")
+
+    def pack(self, args: Sequence[Any]) -> list[Any]:
+        """Each argument in memory of its own, checked against the kernel's parameter."""
+        parameters = self.kernel.parameters[: self.kernel.count]
+        if len(args) != len(parameters):
+            raise KernelError(f"{self.name}: {len(args)} arguments for {len(parameters)} parameters")
+        buffers = []
+        for i, (value, parameter) in enumerate(zip(args, parameters, strict=True)):
+            kind = parameter.kind.decode()
+            if isinstance(value, DeviceArray):
+                given, fits = np.uint64(value.ctypes.data), kind == "p"
+            elif isinstance(value, np.generic | bool | int | float):  # Python's numbers have 64 bits, as in CuPy
+                given = np.asarray(value)[()]
+                fits = given.nbytes == parameter.bytes and (kind == "s" or (given.dtype.kind == "f") == (kind == "f"))
+            else:
+                raise TypeError(f"{self.name}: argument {i}: Unsupported type {type(value)}")
+            if not fits:
+                raise KernelError(
+                    f"{self.name}: argument {i}: {type(value).__name__} for a parameter of {parameter.bytes} bytes "
+                    f"({ {'p': 'pointer', 'i': 'int', 'u': 'unsigned', 'f': 'float', 's': 'struct'}[kind] })"
+                )
+            data = given.tobytes()
+            buffers.append(ctypes.create_string_buffer(data, len(data)))
+        return buffers
+
+    def readable(self, text: str) -> str:
+        """Addresses of code as file:line, C++ names as in the source."""
+        text = re.sub(r"@([0-9a-f]+)@", lambda m: line_of(self.module.path, m[1]), text)
+        return re.sub(r"\b_Z\w+", lambda m: tool("c++filt", m[0]).strip() or m[0], text)
+
+
+def extents(what: str, given: Sequence[int]) -> tuple[int, ...]:
+    sizes = (*(int(n) for n in given), 1, 1)[:3]
+    if not all(0 < n <= most for n, most in zip(sizes, LIMITS[what == "block"], strict=True)):
+        raise KernelError(f"{what} {sizes} is empty or too large")
+    return sizes
+
+
+def arrays_of(args: Sequence[Any]) -> list[Region]:
+    named = [(f"argument {i}", a) for i, a in enumerate(args) if isinstance(a, DeviceArray)]
+    named += [("an array known by its address", a) for ref in list(exposed.values()) if (a := ref()) is not None]
+    return [Region(*byte_bounds(a), name.encode(), 0) for name, a in named if a.size]
+
+
+def merged(regions: list[Region]) -> list[Region]:
+    """Views of the same memory become one."""
+    out: list[Region] = []
+    for r in sorted(regions, key=lambda r: r.begin):
+        if out and r.begin < out[-1].end:
+            out[-1].end = max(out[-1].end, r.end)
+            if r.name not in out[-1].name:
+                out[-1].name += b" = " + r.name
+        else:
+            out.append(r)
+    return out
+
+
+def globals_of(elf: Elf, base: int) -> list[Region]:
+    """__device__ and __constant__ variables, and the constants of the source."""
+    regions = []
+    for i, section in enumerate(elf.sections):
+        if not section.flags & ALLOCATED or section.flags & (EXECUTED | THREAD_LOCAL):
+            continue
+        if section.name.startswith(".rodata"):
+            regions.append(Region(base + section.address, base + section.address + section.size, b"constants", 0))
+        elif section.name in (".data", ".bss", ".data.rel.ro"):
+            regions += [
+                Region(base + s.value, base + s.value + s.size, s.name.encode(), 0)
+                for s in elf.symbols
+                if s.type == OBJECT and s.section == i and s.size and "cuda_host" not in s.name
+            ]
+    return regions
+
+
+def line_of(library: Path, address: str) -> str:
+    """The line of an instruction in the kernel's source, not in the headers here whose functions it calls."""
+    lines = tool("addr2line", "-i", "-e", str(library), f"0x{address}").splitlines()
+    own = [x.split(" (")[0] for x in lines if not x.startswith(str(HERE))]
+    return Path(own[0]).name if own else f"+0x{address}"
+
+
+def tool(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout if shutil.which(command[0]) else ""

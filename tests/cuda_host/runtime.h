@@ -1,0 +1,49 @@
+// What kernels call in the runtime: their coordinates, and the points where threads meet.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "vectors.h"
+
+namespace cuda_host {
+
+struct Place {  // in a source; as a default argument, that of the call
+    const char* file = __builtin_FILE();
+    int line = __builtin_LINE();
+};
+
+// A fiber is one thread of one block from its first instruction to its last, so these are constants to it.
+[[gnu::const]] uint3 thread_index();
+[[gnu::const]] uint3 block_index();
+[[gnu::const]] uint3 block_size();
+[[gnu::const]] uint3 grid_size();
+[[gnu::const]] unsigned lane_index();
+
+// __syncthreads: waits for all threads of the block that have not exited; returns how many came with `predicate`,
+// and in `arrived` how many came.
+unsigned barrier(bool predicate, unsigned* arrived, Place);
+
+// Each waits for all lanes of `mask` that have not exited.
+void sync_warp(unsigned mask, Place);                                               // orders memory, as a barrier does
+uint64_t shuffle(unsigned mask, uint64_t value, unsigned source_lane, Place);  // the value of a lane; does not order
+unsigned ballot(unsigned mask, bool predicate, Place);                              // does not order
+unsigned live_lanes();
+
+void fence();                                           // __threadfence
+void atomic_access(void* address, size_t bytes);        // checked before an atomic operation
+void after_atomic();                                    // where other threads may be let in
+void access(const void* address, size_t bytes, bool write);
+[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
+
+// A kernel as Python sees it: parameters by size in bytes and kind (p pointer, i signed, u unsigned, f float, s other).
+struct Parameter {
+    uint32_t bytes;
+    char kind;
+};
+struct Kernel {
+    void (*run)(void** arguments);
+    const Parameter* parameters;
+    uint32_t count;
+};
+
+}  // namespace cuda_host
