@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,9 @@ from minirt.errors import ModelError
 from minirt.ops import Far
 
 
+BUILT = Path(__file__).parents[1] / ".pytest_cache" / "d" / "cuda_host"  # kept from run to run, as pytest keeps it
+
+
 class EmulatedDevice:
     """A `kernels_gpu.device.Device`. seed: of the order in which blocks and threads run."""
 
@@ -28,7 +28,7 @@ class EmulatedDevice:
     memory = 1 << 40, 1 << 40
 
     def __init__(self, seed: int = 0):
-        self.host = HostDevice(folder(), seed)
+        self.host = HostDevice(BUILT, seed)
         self._kernels: dict[Any, Any] = {}
         self._noted: list[Callable[[], None]] | None = None  # launches, while they are captured
         self.xp = self.host.xp
@@ -91,14 +91,6 @@ class EmulatedDevice:
 
     def synchronize(self) -> None:
         pass
-
-
-@functools.cache
-def folder() -> Path:
-    """Where what is built lies until the tests end."""
-    path = Path(tempfile.mkdtemp(prefix="minirt-emulated-"))
-    atexit.register(shutil.rmtree, path, ignore_errors=True)
-    return path
 
 
 class FromHost:
