@@ -30,6 +30,7 @@ class Device(Protocol):
     multiprocessors: int
     shared_memory: int  # bytes that a block may have at most
     memory: tuple[int, int]  # bytes: free, and in all
+    driver: str  # the newest CUDA that it knows
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array: ...
 

@@ -25,7 +25,7 @@ def open_ops(device: str, threads: int | None) -> Ops:
     n_cpu = usable_cpus()
     if threads is not None and not 1 <= threads <= n_cpu:
         raise UsageError(f"--threads {threads} is out of range (1 to {n_cpu}, the CPUs this process may use)")
-    if device == "auto" and importlib.util.find_spec("cupy"):
+    if device == "auto" and has_cupy():
         try:
             return _card()
         except ModelError:
@@ -39,6 +39,11 @@ def open_ops(device: str, threads: int | None) -> Ops:
     if not may_compile():
         raise UsageError("NUMBA_DISABLE_JIT is set, and the CPU kernels must be compiled; or use --device reference")
     return CpuOps(threads or physical_cores())
+
+
+def has_cupy() -> bool:
+    """Whether it is installed; importing it to find out takes half a second."""
+    return importlib.util.find_spec("cupy") is not None
 
 
 def _card() -> Ops:

@@ -17,7 +17,6 @@ from kernels_gpu.device import source_of
 from minirt.errors import ModelError
 from minirt.ops import Far
 
-
 BUILT = Path(__file__).parents[1] / ".pytest_cache" / "d" / "cuda_host"  # kept from run to run, as pytest keeps it
 
 
@@ -25,7 +24,7 @@ class EmulatedDevice:
     """A `kernels_gpu.device.Device`. seed: of the order in which blocks and threads run."""
 
     name, capability, multiprocessors, shared_memory = "emulated", (9, 0), 4, 99 << 10
-    memory = 1 << 40, 1 << 40
+    memory, driver = (1 << 40, 1 << 40), "13.0"
 
     def __init__(self, seed: int = 0):
         self.host = HostDevice(BUILT, seed)
