@@ -121,6 +121,9 @@ class CpuOps(EvictionOps, LatentOps, SparseOps):
     def memory(self) -> None:
         return None
 
+    def bandwidth(self) -> None:
+        return None
+
     def __init__(self, threads: int):
         self.threads = threads
         self._crew, self._arena = Crew(threads), Arena()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from minirt.stores import Store
 from .device import Array, Device
 from .rows import Rows, allocate_rows
 
+COPY_BYTES, COPIES = 1 << 30, 12
 MEMO = 64  # small index arrays that stay on the device
 
 
@@ -34,6 +36,18 @@ class BaseOps:
 
     def memory(self) -> tuple[int, int]:
         return self.device.memory
+
+    def bandwidth(self) -> float:
+        """By copies of an array that no cache holds, read and written; the best of a few."""
+        n, best = max(1, min(COPY_BYTES, self.device.memory[0] // 4)), 0.0
+        source, target = (self.device.zeros((n,), np.uint8) for _ in range(2))
+        for _ in range(COPIES):
+            self.device.synchronize()
+            begun = time.perf_counter()
+            target[...] = source
+            self.device.synchronize()
+            best = max(best, 2 * n / (time.perf_counter() - begun))
+        return best
 
     # -- arrays --------------------------------------------------------------------------------------------------------
     def vector(self, values: np.ndarray) -> Array:

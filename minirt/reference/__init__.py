@@ -33,6 +33,9 @@ class ReferenceOps(AttentionOps, EvictionOps, SparseOps):
     def memory(self) -> None:
         return None
 
+    def bandwidth(self) -> None:
+        return None
+
     def vector(self, values: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(values, np.float32)
 
