@@ -17,56 +17,99 @@ struct Rows {
 template <int STORE, int D>
 constexpr int ROW_BYTES = STORE == F32 ? 4 * D : STORE == F16 ? 2 * D : STORE == Q8_0 ? D : D / 2;
 
+// Eight numbers of a row as they lie in memory, so that many can be on their way before the first is needed.
+template <int STORE>
+struct Eight;
+template <>
+struct Eight<F32> {
+    float4 low, high;
+};
+template <>
+struct Eight<F16> {
+    uint4 words;
+};
+template <>
+struct Eight<Q8_0> {
+    uint2 words;
+    u16 scale;
+};
+template <>
+struct Eight<Q4_0> {
+    u32 word;
+    u16 scale;
+};
+
 // Numbers 8 chunk ... 8 chunk + 7 of a row; those beyond D are 0.
 template <int STORE, int D>
-DEVICE void load8(const Rows& rows, i64 row, int chunk, float (&x)[8]) {
+DEVICE Eight<STORE> fetch(const Rows& rows, i64 row, int chunk) {
     const u8* codes = rows.codes + row * ROW_BYTES<STORE, D>;
+    Eight<STORE> x;
     if constexpr (STORE == F32 && D % 8 == 0) {
         const float4* at = reinterpret_cast<const float4*>(codes) + 2 * chunk;
-        const float4 a = at[0], b = at[1];
-        x[0] = a.x, x[1] = a.y, x[2] = a.z, x[3] = a.w, x[4] = b.x, x[5] = b.y, x[6] = b.z, x[7] = b.w;
+        x.low = at[0], x.high = at[1];
     } else if constexpr (STORE == F16 && D % 8 == 0) {
-        const uint4 a = reinterpret_cast<const uint4*>(codes)[chunk];
-        const u32 words[4] = {a.x, a.y, a.z, a.w};
-#pragma unroll
-        for (int i = 0; i < 4; i++) x[2 * i] = low_half(words[i]), x[2 * i + 1] = high_half(words[i]);
-    } else if constexpr (STORE == F32 || STORE == F16) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            const int j = 8 * chunk + i;
-            if (j >= D) x[i] = 0.0f;
-            else if constexpr (STORE == F32) x[i] = reinterpret_cast<const float*>(codes)[j];
-            else x[i] = to_float(reinterpret_cast<const u16*>(codes)[j]);
-        }
+        x.words = reinterpret_cast<const uint4*>(codes)[chunk];
+    } else if constexpr (STORE == F32) {
+        const float* at = reinterpret_cast<const float*>(codes) + 8 * chunk;
+        const auto number = [&](int i) { return 8 * chunk + i < D ? at[i] : 0.0f; };
+        x.low = make_float4(number(0), number(1), number(2), number(3));
+        x.high = make_float4(number(4), number(5), number(6), number(7));
+    } else if constexpr (STORE == F16) {
+        const u16* at = reinterpret_cast<const u16*>(codes) + 8 * chunk;
+        const auto half = [&](int i) { return 8 * chunk + i < D ? u32(at[i]) : 0u; };
+        x.words = make_uint4(half(0) | half(1) << 16, half(2) | half(3) << 16, half(4) | half(5) << 16,
+                             half(6) | half(7) << 16);
     } else {
-        const float scale = to_float(rows.scales[row * (D / BLOCK) + 8 * chunk / BLOCK]);
-        if constexpr (STORE == Q8_0) {
-            const uint2 a = reinterpret_cast<const uint2*>(codes)[chunk];
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                x[i] = scale * float(i8(a.x >> 8 * i));
-                x[i + 4] = scale * float(i8(a.y >> 8 * i));
-            }
-        } else {
-            const u32 a = reinterpret_cast<const u32*>(codes)[chunk];
-#pragma unroll
-            for (int i = 0; i < 8; i++) x[i] = scale * float(int(a >> 4 * i & 15) - 8);
-        }
+        x.scale = rows.scales[row * (D / BLOCK) + 8 * chunk / BLOCK];
+        if constexpr (STORE == Q8_0) x.words = reinterpret_cast<const uint2*>(codes)[chunk];
+        else x.word = reinterpret_cast<const u32*>(codes)[chunk];
     }
+    return x;
+}
+
+DEVICE void unpack(const Eight<F32>& from, float (&x)[8]) {
+    x[0] = from.low.x, x[1] = from.low.y, x[2] = from.low.z, x[3] = from.low.w;
+    x[4] = from.high.x, x[5] = from.high.y, x[6] = from.high.z, x[7] = from.high.w;
+}
+
+DEVICE void unpack(const Eight<F16>& from, float (&x)[8]) {
+    const u32 words[4] = {from.words.x, from.words.y, from.words.z, from.words.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[2 * i] = low_half(words[i]), x[2 * i + 1] = high_half(words[i]);
+}
+
+DEVICE void unpack(const Eight<Q8_0>& from, float (&x)[8]) {
+    const float scale = to_float(from.scale);
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        x[i] = scale * float(i8(from.words.x >> 8 * i));
+        x[i + 4] = scale * float(i8(from.words.y >> 8 * i));
+    }
+}
+
+DEVICE void unpack(const Eight<Q4_0>& from, float (&x)[8]) {
+    const float scale = to_float(from.scale);
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[i] = scale * float(int(from.word >> 4 * i & 15) - 8);
+}
+
+template <int STORE, int D>
+DEVICE void load8(const Rows& rows, i64 row, int chunk, float (&x)[8]) {
+    unpack(fetch<STORE, D>(rows, row, chunk), x);
 }
 
 // The largest power of two that divides D: so many components are mixed by the rotation.
 template <int D>
 constexpr int ROTATION = D & -D;
 
-// x [D] in shared memory, each run of ROTATION<D> numbers times the Hadamard matrix of that size, of orthonormal rows;
-// in the order of additions of the reference. All threads of the block call; ends with a barrier.
+// x [heads, D] in shared memory, each run of ROTATION<D> numbers times the Hadamard matrix of that size, of orthonormal
+// rows; in the order of additions of the reference. All threads of the block call; ends with a barrier.
 template <int D>
-DEVICE void rotate(float* x) {
-    for (int i = threadIdx.x; i < D; i += blockDim.x) x[i] *= rsqrtf(float(ROTATION<D>));
+DEVICE void rotate(float* x, int heads = 1) {
+    for (int i = threadIdx.x; i < heads * D; i += blockDim.x) x[i] *= rsqrtf(float(ROTATION<D>));
     for (int step = 1; step < ROTATION<D>; step *= 2) {
         __syncthreads();
-        for (int i = threadIdx.x; i < D / 2; i += blockDim.x) {
+        for (int i = threadIdx.x; i < heads * D / 2; i += blockDim.x) {
             const int first = i / step * 2 * step + i % step;
             const float a = x[first], b = x[first + step];
             x[first] = a + b, x[first + step] = a - b;
