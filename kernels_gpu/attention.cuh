@@ -1,5 +1,5 @@
-// Attention of a decode step: a block of threads reads a part of the rows of a KV head once for its whole group of query
-// heads; the last block of a head to finish joins the parts (flash decoding), so that one launch does.
+// Attention of a decode step: a block of threads reads a part of the rows of a KV head, once for its whole group of
+// query heads; the last block of a head to finish joins the parts (flash decoding), so that one launch does.
 //
 // Macros: HEAD_DIM (at most 256), GROUP (query heads of a KV head), K_STORE, V_STORE, K_ROTATED, V_ROTATED, SCORES
 // (whether scores and totals are written). Grid (parts, H_kv SPLIT, B), THREADS threads.
@@ -22,6 +22,17 @@ struct Attention {
     float2* totals;    // [B, H_q]: highest score, and the sum of 2^(score - highest)
     int slots;
 };
+
+// The arguments of a kernel that launches with them, and the same as an Attention.
+#define ATTENTION                                                                                                    \
+    u8 *k_codes, u16 *k_scales, i64 k_sequence, i64 k_head, u8 *v_codes, u16 *v_scales, i64 v_sequence, i64 v_head, \
+        const float *q, const float *far, float *out, float *sums, float2 *ends, int *done, float *scores,          \
+        float2 *totals, int slots
+#define GIVEN                                                                                       \
+    Attention {                                                                                     \
+        {k_codes, k_scales, k_sequence, k_head}, {v_codes, v_scales, v_sequence, v_head}, q, far, \
+            out, sums, ends, done, scores, totals, slots                                            \
+    }
 
 // What tells rows apart has `far` and `count`: rows 0 ... far - 1 go with the queries `far`, those up to count - 1 with
 // q; HAS_FAR, whether there can be any; and slot(i), where row i lies. This one: slots from `first` on.
@@ -95,7 +106,7 @@ DEVICE bool is_last(int* done, int parts) {
 }
 
 template <class Slots, class Finish>
-DEVICE void attend(const Attention& a, const Slots& slots, const Finish& finish) {
+DEVICE void attend_part(const Attention& a, const Slots& slots, const Finish& finish) {
     __shared__ __align__(16) float sums[WARPS * HEADS * PADDED];
     __shared__ float2 ends[WARPS * HEADS], joined_ends[BLOCK_HEADS];
     const int b = blockIdx.z, kv_head = blockIdx.y / SPLIT, first = blockIdx.y % SPLIT * BLOCK_HEADS;
@@ -111,7 +122,8 @@ DEVICE void attend(const Attention& a, const Slots& slots, const Finish& finish)
         return;
     }
 
-    const Cached cached{a.k, a.v, a.k.row(b, kv_head, 0), a.v.row(b, kv_head, 0), a.scores + query * a.slots, heads, a.slots};
+    const i64 k_first = a.k.row(b, kv_head, 0), v_first = a.v.row(b, kv_head, 0);
+    const Cached cached{a.k, a.v, k_first, v_first, a.scores + query * a.slots, heads, a.slots};
     const int begin = part * step, end = min(slots.count, begin + step);
     Reader reader;
     reader.begin();
@@ -132,7 +144,8 @@ DEVICE void attend(const Attention& a, const Slots& slots, const Finish& finish)
     if (parts > 1) {
         float* all = a.sums + block * gridDim.x * BLOCK_HEADS * PADDED;
         float2* all_ends = a.ends + block * gridDim.x * BLOCK_HEADS;
-        for (int i = threadIdx.x; i < BLOCK_HEADS * PADDED; i += THREADS) all[part * BLOCK_HEADS * PADDED + i] = sums[i];
+        float* own = all + part * BLOCK_HEADS * PADDED;
+        for (int i = threadIdx.x; i < BLOCK_HEADS * PADDED; i += THREADS) own[i] = sums[i];
         if (threadIdx.x < BLOCK_HEADS) all_ends[part * BLOCK_HEADS + threadIdx.x] = joined_ends[threadIdx.x];
         if (!is_last(a.done + block, parts)) return;
         join_parts(all, all_ends, parts, sums, joined_ends);

@@ -96,6 +96,14 @@ class BaseOps:
             self._recording.held.append(self._scratch[key])
         return self._scratch[key][:size].reshape(shape)
 
+    def _counters(self, size: int) -> Array:
+        """int32 zeros for kernels that count the blocks that are done, and leave zeros."""
+        if "counters" not in self._scratch or self._scratch["counters"].size < size:
+            self._scratch["counters"] = self.device.zeros((size,), np.int32)
+        if self._recording is not None:
+            self._recording.held.append(self._scratch["counters"])
+        return self._scratch["counters"]
+
     def _on_device(self, numbers: np.ndarray) -> Array:
         """Host int32 numbers for a kernel to read. A recorded step has memory of its own for each such array, and reads
         what the array holds when the step is made again."""

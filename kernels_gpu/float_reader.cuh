@@ -78,8 +78,8 @@ struct Reader {
         }
     }
 
-    // Sums of all heads of a block [WARPS / BLOCK_SETS, BLOCK_HEADS, PADDED], each with its highest score and the sum of
-    // its weights.
+    // Sums of the heads of a block [WARPS / BLOCK_SETS, BLOCK_HEADS, PADDED], each with its highest score and the sum
+    // of its weights.
     DEVICE void deposit(float* sums, float2* ends) {
 #pragma unroll
         for (int h = 0; h < HEADS; h++) {
