@@ -38,16 +38,9 @@ from .stores import get_stores, store_names, stores_text
 from .version import __version__
 
 __all__ = [
-    "Result",
-    "Workload",
-    "all_workloads",
-    "by_weights",
-    "check_room",
-    "measure",
-    "memory_bandwidth",
-    "read_bandwidth",
+    "Result", "Workload", "all_workloads", "by_weights", "check_room", "measure", "memory_bandwidth", "read_bandwidth",
     "record",
-]
+]  # fmt: skip
 
 SEED = 0  # of the token ids
 _BACKENDS = {"cpu": "CPU", "gpu": "CUDA"}
