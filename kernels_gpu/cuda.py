@@ -54,13 +54,24 @@ class CudaDevice:
         return _version(self._cupy.cuda.runtime.driverGetVersion())
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        return self._cupy.empty(shape, dtype)
+        return self._allocated(self._cupy.empty, shape, dtype)
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        return self._cupy.zeros(shape, dtype)
+        return self._allocated(self._cupy.zeros, shape, dtype)
 
     def upload(self, array: np.ndarray) -> Array:
-        return self._cupy.asarray(array)
+        return self._allocated(self._cupy.asarray, array)
+
+    def _allocated(self, make: Callable[..., Array], *args: Any) -> Array:
+        """make(*args). ModelError if the card has no room, after which all that was there still is."""
+        try:
+            return make(*args)
+        except self._cupy.cuda.memory.OutOfMemoryError:
+            free, total = (n / 2**30 for n in self.memory)
+            raise ModelError(
+                f"{self.name} is out of memory ({free:.2f} of {total:.2f} GiB free): a shorter prompt or --ctx, "
+                "--kv q8_0 or a --policy with a budget takes less"
+            ) from None
 
     def download(self, array: Array) -> np.ndarray:
         return self._cupy.asnumpy(array)  # type: ignore[no-any-return]
@@ -69,7 +80,7 @@ class CudaDevice:
         return array.view(dtype)
 
     def concatenate(self, arrays: list[Array]) -> Array:
-        return self._cupy.concatenate(arrays)
+        return self._allocated(self._cupy.concatenate, arrays)
 
     def kernel(self, file: str, name: str, **constants: int | str) -> Kernel:
         key = file, name, *sorted(constants.items())
@@ -114,7 +125,7 @@ class CudaDevice:
         return launch
 
     def reserve(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        return self._cupy.empty(shape, dtype)
+        return self.empty(shape, dtype)
 
     def refresh(self, pairs: Sequence[tuple[np.ndarray, Array]]) -> None:
         for host, array in pairs:

@@ -80,7 +80,10 @@ def test_recorded_steps_are_the_steps(on_card: Any, device: Any, tiny: Path, mon
 def test_sequences_side_by_side(on_card: Any, tiny: Path) -> None:
     prompts = [[5, 6, 7, 8], [9], list(range(30, 42))]
     with on_card(tiny) as card, Llama.load(tiny, device="reference") as truth:
-        ours, theirs = ([a.tokens for a in m.generate(prompts, max_tokens=3, sampling=Sampling(temperature=0))] for m in (card, truth))
+        ours, theirs = (
+            [a.tokens for a in m.generate(prompts, max_tokens=3, sampling=Sampling(temperature=0))]
+            for m in (card, truth)
+        )
     assert ours == theirs
 
 
