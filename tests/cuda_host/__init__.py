@@ -6,7 +6,7 @@
     module.get_function("scores<half, 64>")((blocks,), (threads,), (x, np.int32(n)), shared_mem=1024)
 
 A KernelError says what a kernel did wrong, in which thread and line: a race, an access out of bounds or misaligned, a
-barrier that some threads never reach ... What is checked is in memory.cpp and runtime.cpp.
+barrier that some threads never reach ... What is checked is in memory.cpp and meetings.cpp.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ __all__ = ["BuildError", "DeviceArray", "Function", "HostDevice", "KernelError",
 class HostDevice:
     """What a launcher needs of a device: `xp` instead of CuPy, and `compile`.
 
-    `seed` draws the order of blocks and threads of the launches that follow.
+    `seed` draws the order of blocks and threads of the launches that follow, `seconds` of CPU time end each.
     """
 
     xp = Cupy()
 
     def __init__(self, cache: Path, seed: int = 0) -> None:
-        self.cache, self.seed = cache, seed
+        self.cache, self.seed, self.seconds = cache, seed, 60
         cache.mkdir(parents=True, exist_ok=True)
 
     def compile(

@@ -27,7 +27,7 @@ T __attribute__((no_sanitize("thread", "undefined"), noinline)) peek(const T* ad
         cuda_host::atomic_access(address, sizeof(T));                                       \
         T old = cuda_host::peek(address);                                                   \
         cuda_host::exchanged(address, T(expression));                                       \
-        cuda_host::after_atomic();                                                          \
+        cuda_host::let_others();                                                          \
         return old;                                                                         \
     }
 CUDA_HOST_ATOMIC(atomicAdd, old + value)
@@ -48,7 +48,7 @@ CUDA_HOST_INLINE T atomicCAS(T* address, typename cuda_host::Same<T>::type expec
     cuda_host::atomic_access(address, sizeof(T));
     T old = cuda_host::peek(address);
     if (old == expected) cuda_host::exchanged(address, T(value));
-    cuda_host::after_atomic();
+    cuda_host::let_others();
     return old;
 }
 

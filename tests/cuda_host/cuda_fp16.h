@@ -71,4 +71,6 @@ CUDA_HOST_HALVES(sub, -)
 CUDA_HOST_HALVES(mul, *)
 #undef CUDA_HOST_HALVES
 CUDA_HOST_INLINE __half __hfma(__half a, __half b, __half c) { return float(a) * float(b) + float(c); }
-CUDA_HOST_INLINE __half2 __hfma2(__half2 a, __half2 b, __half2 c) { return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)}; }
+CUDA_HOST_INLINE __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+    return {__hfma(a.x, b.x, c.x), __hfma(a.y, b.y, c.y)};
+}

@@ -37,7 +37,8 @@ constexpr int warpSize = 32;
 #include "warp.h"
 
 #define memcpy(to, from, bytes) ::cuda_host::copy(to, from, bytes)
-#define assert(condition) ((condition) ? (void)0 : ::cuda_host::fail("assert(%s) at %s:%d", #condition, __FILE__, __LINE__))
+#define assert(condition) \
+    ((condition) ? (void)0 : ::cuda_host::fail("assert(%s) at %s:%d", #condition, __FILE__, __LINE__))
 #define __trap() ::cuda_host::fail("__trap() at %s:%d", __FILE__, __LINE__)
 
 namespace cuda_host {
@@ -50,8 +51,9 @@ CUDA_HOST_INLINE void* copy(void* to, const void* from, size_t bytes) {
 
 template <class T>
 constexpr char kind_of() {
-    return std::is_pointer_v<T> ? 'p' : std::is_floating_point_v<T> ? 'f' : !std::is_integral_v<T> ? 's' :
-           std::is_signed_v<T> ? 'i' : 'u';
+    if (std::is_pointer_v<T>) return std::is_const_v<std::remove_pointer_t<T>> ? 'c' : 'p';
+    if (std::is_floating_point_v<T>) return 'f';
+    return !std::is_integral_v<T> ? 's' : std::is_signed_v<T> ? 'i' : 'u';
 }
 
 template <auto kernel>

@@ -13,7 +13,7 @@ constexpr size_t STACK = 256 << 10;  // bytes of a fiber
 struct Region {  // memory a kernel may touch, sorted by address, without overlaps
     uintptr_t begin, end;
     const char* name;
-    uint32_t shared;  // 1: shared memory
+    enum : uint32_t { GLOBAL, CONSTANT, SHARED } kind;
 };
 
 struct Launch {
@@ -21,6 +21,7 @@ struct Launch {
     void** arguments;
     uint3 grid, block;
     uint64_t seed;
+    uint64_t seconds;  // of CPU time, the most it may take
     const Region* regions;
     uint64_t n_regions;
     char* error;  // [error_bytes], the message of a fault; code addresses in it as @hex@, relative to the library
@@ -43,7 +44,7 @@ struct Thread {
     uint64_t value, result;
     uint32_t seen[WARP];  // per lane of its warp: accesses up to this time are ordered before what it does now
     bool fenced, unpublished;  // has called __threadfence; has written to global memory since
-    unsigned atomics;          // since it last waited
+    unsigned polls;            // atomic and volatile accesses since it last waited
 };
 
 struct Machine {
@@ -62,10 +63,19 @@ struct Machine {
 };
 extern Machine machine;
 
+// fibers.cpp
+void suspend();  // lets others run until the current thread is made ready
+void make_ready(Thread&);
 void yield();
-void memory_begin();        // of a launch
+
+// meetings.cpp
+void after_exit(const Thread&);    // lets those go on who waited for this thread only
+[[noreturn]] void report_stuck();  // when all wait
+
+// memory.cpp
+void memory_begin();  // of a launch
 void memory_begin_block();
-void settle();              // called when a thread stops running
 void memory_end();
+void settle();  // when a thread stops running
 
 }  // namespace cuda_host

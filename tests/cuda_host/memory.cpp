@@ -1,10 +1,11 @@
-// Every load and store of a kernel comes here first: g++ -fsanitize=thread puts a call before each, and this file stands
-// in for libtsan. An access must lie in one region of memory, be aligned, read no shared memory that nobody wrote in
-// this block, and be ordered with the accesses of other threads to the same bytes:
-//  - threads of a block are ordered by __syncthreads, lanes of a warp by __syncwarp too, but not by shuffles and votes;
+// Every load and store of a kernel comes here first: g++ -fsanitize=thread puts a call before each, and this file
+// stands in for libtsan. An access must lie in one region of memory, be aligned, read no shared memory that nobody
+// wrote in this block, and be ordered with the accesses of other threads to the same bytes:
+//  - threads of a block are ordered by __syncthreads, lanes of a warp by __syncwarp too, not by shuffles and votes;
 //  - blocks are ordered only by __threadfence and an atomic operation, then an atomic operation on the same address
 //    (the pattern "the last block sums up");
-//  - writes of the same value are no race, nor are atomic (or volatile) accesses among themselves.
+//  - writes of the same value are no race, nor are atomic accesses among themselves (and volatile ones, in global
+//    memory, where they poll flags).
 #include "machine.h"
 
 #include <dlfcn.h>
@@ -42,7 +43,7 @@ struct Shadow {
     unsigned unit;  // bytes a cell stands for: 4 until something smaller is accessed, then 1
 };
 
-enum Access { READ = 0, WRITE = 1, ATOMIC = 2 };
+enum Access : unsigned { READ = 0, WRITE = 1, ATOMIC = 2, VOLATILE = 4 };
 
 using Times = std::unordered_map<uint32_t, uint32_t>;  // block, in the order of running -> time
 
@@ -72,7 +73,7 @@ std::string address_text(uintptr_t address) {
         uintptr_t distance = address < r.begin ? r.begin - address : address - r.end;
         if (distance >= nearest) continue;
         nearest = distance;
-        text = address < r.begin ? bytes_text(distance) + " before " + of : bytes_text(distance) + " past the end of " + of;
+        text = bytes_text(distance) + (address < r.begin ? " before " : " past the end of ") + of;
     }
     return text;
 }
@@ -83,7 +84,7 @@ std::string place_text(uint32_t pc) {
     return text;
 }
 
-std::string access_text(Access access, uintptr_t address, size_t bytes, uint32_t pc) {
+std::string access_text(unsigned access, uintptr_t address, size_t bytes, uint32_t pc) {
     const char* verb = access & ATOMIC ? "atomically changes " : access & WRITE ? "writes " : "reads ";
     return verb + bytes_text(bytes) + " at " + place_text(pc) + ", " + address_text(address);
 }
@@ -94,7 +95,8 @@ Shadow& shadow_of(size_t region, bool fine) {
     const unsigned unit = fine ? 1 : 4;
     if (s.cells && s.unit <= unit) return s;
     const size_t n = (r.end - (r.begin & ~uintptr_t(3))) / unit + 1;
-    void* map = mmap(nullptr, n * sizeof(Cell), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;  // pages nobody touches cost nothing
+    void* map = mmap(nullptr, n * sizeof(Cell), PROT_READ | PROT_WRITE, flags, -1, 0);
     if (map == MAP_FAILED) fail("no memory to watch %s", r.name);
     Shadow fresh{static_cast<Cell*>(map), n * sizeof(Cell), unit};
     if (s.cells) {
@@ -110,8 +112,8 @@ bool ordered(const Record& r, bool atomic, bool shared) {
     if (r.when == 0 || (r.atomic && atomic)) return true;
     if (r.when < m.block_starts.back()) {
         if (shared) return true;  // of another block, which had its own
-        auto block = std::upper_bound(m.block_starts.begin(), m.block_starts.end(), r.when) - m.block_starts.begin() - 1;
-        auto seen = acquired.find(uint32_t(block));
+        auto next = std::upper_bound(m.block_starts.begin(), m.block_starts.end(), r.when);
+        auto seen = acquired.find(uint32_t(next - m.block_starts.begin() - 1));
         return seen != acquired.end() && r.when <= seen->second;
     }
     const Thread& t = *m.current;
@@ -119,37 +121,50 @@ bool ordered(const Record& r, bool atomic, bool shared) {
     return r.thread / WARP == t.id / WARP && r.when <= t.seen[r.thread % WARP];
 }
 
-std::string race_text(const Record& other, const char* did, Access access, uintptr_t address, size_t bytes, uint32_t pc) {
+std::string race_text(const Record& other, const char* did, const std::string& access) {
     bool other_block = other.when < machine.block_starts.back();
     std::string who = other_block ? "a thread of another block" : "thread " + std::to_string(other.thread);
-    return "race: " + access_text(access, address, bytes, pc) + ", which " + who + " " + did + " at " +
+    return "race: " + access + ", which " + who + " " + did + " at " +
            place_text(other.pc) + (other_block ? " without __threadfence and an atomic operation between"
                                                : " with no barrier between");
 }
 
-void check(uintptr_t address, size_t bytes, Access access, uint32_t pc) {
-    Machine& m = machine;
-    const Launch& l = m.launch;
-    const bool write = access & WRITE, atomic = access & ATOMIC;
-    if (last_region >= l.n_regions || address < l.regions[last_region].begin || l.regions[last_region].end <= address)
-        last_region = size_t(std::upper_bound(l.regions, l.regions + l.n_regions, address,
-                                              [](uintptr_t a, const Region& r) { return a < r.end; }) - l.regions);
-    if (last_region >= l.n_regions || address < l.regions[last_region].begin ||
-        l.regions[last_region].end - address < bytes)
-        fail("out of bounds: %s", access_text(access, address, bytes, pc).c_str());
-    const Region& region = l.regions[last_region];
-    if (!region.shared && write && !atomic) m.current->unpublished = true;
+size_t region_of(uintptr_t address, size_t bytes) {  // n_regions if it lies in none
+    const Launch& l = machine.launch;
+    auto holds = [&](size_t i) {
+        return i < l.n_regions && l.regions[i].begin <= address && address < l.regions[i].end;
+    };
+    if (!holds(last_region)) {
+        auto before = [](uintptr_t a, const Region& r) { return a < r.end; };
+        last_region = size_t(std::upper_bound(l.regions, l.regions + l.n_regions, address, before) - l.regions);
+    }
+    return holds(last_region) && l.regions[last_region].end - address >= bytes ? last_region : l.n_regions;
+}
 
-    Shadow& s = shadow_of(last_region, (address | bytes) & 3);
-    const size_t first = (address - (region.begin & ~uintptr_t(3))) / s.unit;
+void check(uintptr_t address, size_t bytes, unsigned access, uint32_t pc) {
+    Machine& m = machine;
+    auto text = [&] { return access_text(access, address, bytes, pc); };
+    const size_t number = region_of(address, bytes);
+    if (number == m.launch.n_regions) fail("out of bounds: %s", text().c_str());
+    const Region& region = m.launch.regions[number];
+    const bool shared = region.kind == Region::SHARED, write = access & WRITE;
+    const bool atomic = access & ATOMIC || (access & VOLATILE && !shared);
+    if (region.kind == Region::CONSTANT) {  // races with nobody
+        if (write) fail("constant memory: %s", text().c_str());
+        return;
+    }
+    if (!shared && write && !atomic) m.current->unpublished = true;
+
+    Shadow& s = shadow_of(number, (address | bytes) & 3);
     const Record record{m.now, pc, m.current->id, atomic};
-    for (Cell* c = s.cells + first; c < s.cells + first + (bytes + s.unit - 1) / s.unit; c++) {
+    Cell* const first = s.cells + (address - (region.begin & ~uintptr_t(3))) / s.unit;
+    for (Cell* c = first; c < first + (bytes + s.unit - 1) / s.unit; c++) {
         const uint32_t written = std::max(c->write.when, c->atomics[0].when);
-        if (region.shared && written < m.block_starts.back() && (!write || atomic))
-            fail("uninitialised: %s, which nobody wrote in this block", access_text(access, address, bytes, pc).c_str());
+        if (shared && written < m.block_starts.back() && (!write || atomic))
+            fail("uninitialised: %s, which nobody wrote in this block", text().c_str());
         auto check_order = [&](const Record& other, const char* did) {
-            if (ordered(other, atomic, region.shared)) return;
-            std::string race = race_text(other, did, access, address, bytes, pc);
+            if (ordered(other, atomic, shared)) return;
+            std::string race = race_text(other, did, text());
             if (!write || atomic || &other != &c->write || bytes > sizeof doubtful.before) fail("%s", race.c_str());
             doubtful.address = reinterpret_cast<char*>(address);
             doubtful.bytes = bytes;
@@ -158,11 +173,16 @@ void check(uintptr_t address, size_t bytes, Access access, uint32_t pc) {
         };
         check_order(c->write, "wrote");
         for (const Record& r : c->atomics) check_order(r, "changed atomically");
-        if (write) for (const Record& r : c->reads) check_order(r, "read");
+        for (const Record& r : c->reads)
+            if (write) check_order(r, "read");
         if (write && atomic) remember(c->atomics, record);
         else if (write) c->write = record;
         else remember(c->reads, record);
     }
+}
+
+uint32_t in_library(void* return_address) {  // of the call before it
+    return uint32_t(reinterpret_cast<uintptr_t>(return_address) - library - 1);
 }
 
 void on_access(const void* p, size_t bytes, unsigned access, void* return_address) {
@@ -170,13 +190,14 @@ void on_access(const void* p, size_t bytes, unsigned access, void* return_addres
     const uintptr_t address = reinterpret_cast<uintptr_t>(p), stack = t ? reinterpret_cast<uintptr_t>(t->stack) : 0;
     if (!t || address - stack < STACK || bytes == 0) return;
     settle();
-    check(address, bytes, Access(access), uint32_t(reinterpret_cast<uintptr_t>(return_address) - library - 1));
+    if (access & VOLATILE) let_others();
+    check(address, bytes, access, in_library(return_address));
 }
 
 void aligned(const void* p, size_t bytes, unsigned access, void* return_address) {
-    if (reinterpret_cast<uintptr_t>(p) % bytes)
-        fail("misaligned: %s", access_text(Access(access), reinterpret_cast<uintptr_t>(p), bytes, uint32_t(
-             reinterpret_cast<uintptr_t>(return_address) - library - 1)).c_str());
+    const uintptr_t address = reinterpret_cast<uintptr_t>(p);
+    if (address % bytes)
+        fail("misaligned: %s", access_text(access, address, bytes, in_library(return_address)).c_str());
     on_access(p, bytes, access, return_address);
 }
 
@@ -202,7 +223,8 @@ void memory_begin_block() {
     acquired.clear();
     for (size_t i = 0; i < machine.launch.n_regions; i++) {
         const Region& r = machine.launch.regions[i];
-        if (r.shared) std::memset(reinterpret_cast<void*>(r.begin), 0xff, r.end - r.begin);  // NaN in every float type
+        if (r.kind != Region::SHARED) continue;
+        std::memset(reinterpret_cast<void*>(r.begin), 0xff, r.end - r.begin);  // NaN in every type of float
     }
 }
 
@@ -228,21 +250,23 @@ void atomic_access(void* p, size_t bytes) {
     times[uint32_t(machine.block_starts.size() - 1)] = machine.now;
 }
 
-#define CUDA_HOST_SIZE(n)                                                                                            \
-    extern "C" void __tsan_read##n(void* p) { aligned(p, n, READ, __builtin_return_address(0)); }                    \
-    extern "C" void __tsan_write##n(void* p) { aligned(p, n, WRITE, __builtin_return_address(0)); }                  \
-    extern "C" void __tsan_volatile_read##n(void* p) { aligned(p, n, READ | ATOMIC, __builtin_return_address(0)); }  \
-    extern "C" void __tsan_volatile_write##n(void* p) { aligned(p, n, WRITE | ATOMIC, __builtin_return_address(0)); }
-CUDA_HOST_SIZE(1)
-CUDA_HOST_SIZE(2)
-CUDA_HOST_SIZE(4)
-CUDA_HOST_SIZE(8)
-CUDA_HOST_SIZE(16)
+#define CUDA_HOST_CALL(name, check, n, access) \
+    extern "C" void __tsan_##name##n(void* p) { check(p, n, access, __builtin_return_address(0)); }
+#define CUDA_HOST_CALLS(n)                                     \
+    CUDA_HOST_CALL(read, aligned, n, READ)                     \
+    CUDA_HOST_CALL(write, aligned, n, WRITE)                   \
+    CUDA_HOST_CALL(volatile_read, aligned, n, READ | VOLATILE) \
+    CUDA_HOST_CALL(volatile_write, aligned, n, WRITE | VOLATILE)
+CUDA_HOST_CALLS(1)
+CUDA_HOST_CALLS(2)
+CUDA_HOST_CALLS(4)
+CUDA_HOST_CALLS(8)
+CUDA_HOST_CALLS(16)
 
 // Of packed structures, and of those that are copied by parts.
-#define CUDA_HOST_PACKED(n)                                                                                        \
-    extern "C" void __tsan_unaligned_read##n(void* p) { on_access(p, n, READ, __builtin_return_address(0)); }      \
-    extern "C" void __tsan_unaligned_write##n(void* p) { on_access(p, n, WRITE, __builtin_return_address(0)); }
+#define CUDA_HOST_PACKED(n)                          \
+    CUDA_HOST_CALL(unaligned_read, on_access, n, READ) \
+    CUDA_HOST_CALL(unaligned_write, on_access, n, WRITE)
 CUDA_HOST_PACKED(2)
 CUDA_HOST_PACKED(4)
 CUDA_HOST_PACKED(8)

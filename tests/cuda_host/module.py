@@ -18,6 +18,8 @@ from .arrays import DeviceArray, exposed
 from .build import DYNAMIC, DYNAMIC_BYTES, HERE
 from .elf import ALLOCATED, EXECUTED, OBJECT, THREAD_LOCAL, TLS, Elf
 
+GLOBAL, CONSTANT, SHARED = range(3)  # kinds of memory
+KINDS = {"p": "pointer", "c": "pointer to const", "i": "int", "u": "unsigned", "f": "float", "s": "struct"}
 MOST_THREADS, MOST_SHARED = 1024, 48 << 10  # of a block; bytes, if it does not ask for more
 LIMITS = ((2**31 - 1, 65535, 65535), (1024, 1024, 64))  # of a grid, of a block
 
@@ -36,7 +38,7 @@ class Kernel(ctypes.Structure):
 
 class Region(ctypes.Structure):
     _fields_ = (
-        ("begin", ctypes.c_size_t), ("end", ctypes.c_size_t), ("name", ctypes.c_char_p), ("shared", ctypes.c_uint32),
+        ("begin", ctypes.c_size_t), ("end", ctypes.c_size_t), ("name", ctypes.c_char_p), ("kind", ctypes.c_uint32),
     )  # fmt: skip
 
 
@@ -47,6 +49,7 @@ class Launch(ctypes.Structure):
         ("grid", ctypes.c_uint32 * 3),
         ("block", ctypes.c_uint32 * 3),
         ("seed", ctypes.c_uint64),
+        ("seconds", ctypes.c_uint64),
         ("regions", ctypes.POINTER(Region)),
         ("n_regions", ctypes.c_uint64),
         ("error", ctypes.c_char_p),
@@ -55,10 +58,10 @@ class Launch(ctypes.Structure):
 
 
 class Module:
-    """Kernels by name or name expression; `seeds` gives a launch its seed."""
+    """Kernels by name or name expression; `device` gives a launch its `seed` and the `seconds` it may take."""
 
-    def __init__(self, path: Path, kernels: Sequence[str], seeds: Any) -> None:
-        self.path, self.seeds = path, seeds
+    def __init__(self, path: Path, kernels: Sequence[str], device: Any) -> None:
+        self.path, self.device = path, device
         self.library = ctypes.CDLL(str(path))
         self.kernels = {name: i for i, name in enumerate(kernels) if name}
         elf = Elf(path.read_bytes())
@@ -67,7 +70,7 @@ class Module:
         self.dynamic = self.library.cuda_host_shared()
         shared_base = self.dynamic - anchor.value
         self.shared = [
-            Region(shared_base + s.value, shared_base + s.value + s.size, s.name.encode(), 1)
+            Region(shared_base + s.value, shared_base + s.value + s.size, s.name.encode(), SHARED)
             for s in elf.symbols
             if s.type == TLS and s.section and s.value != anchor.value
         ]
@@ -87,6 +90,7 @@ class Function:
     def __init__(self, module: Module, name: str) -> None:
         self.module, self.name = module, name
         self.kernel = Kernel.in_dll(module.library, f"cuda_host_kernel_{module.kernels[name]}")
+        self.parameters = [(p.kind.decode(), p.bytes) for p in self.kernel.parameters[: self.kernel.count]]
         self.max_dynamic_shared_size_bytes = MOST_SHARED
 
     def __call__(self, grid: Sequence[int], block: Sequence[int], args: Sequence[Any], *, shared_mem: int = 0) -> None:
@@ -100,15 +104,15 @@ class Function:
             )
         buffers = self.pack(args)
         pointers = (ctypes.c_void_p * (len(buffers) + 1))(*(ctypes.addressof(b) for b in buffers))
-        dynamic = [Region(self.module.dynamic, self.module.dynamic + shared_mem, b"dynamic shared memory", 1)]
+        dynamic = [Region(self.module.dynamic, self.module.dynamic + shared_mem, b"dynamic shared memory", SHARED)]
         regions = sorted(
-            [*merged(arrays_of(args)), *self.module.shared, *self.module.globals, *(dynamic if shared_mem else [])],
+            [*merged(self.arrays(args)), *self.module.shared, *self.module.globals, *(dynamic if shared_mem else [])],
             key=lambda r: r.begin,
         )
         error = ctypes.create_string_buffer(8192)
         launch = Launch(
             ctypes.pointer(self.kernel), pointers, (ctypes.c_uint32 * 3)(*grid), (ctypes.c_uint32 * 3)(*block),
-            self.module.seeds.seed, (Region * len(regions))(*regions), len(regions),
+            self.module.device.seed, self.module.device.seconds, (Region * len(regions))(*regions), len(regions),
             ctypes.cast(error, ctypes.c_char_p), len(error),
         )  # fmt: skip
         if self.module.library.cuda_host_launch(ctypes.byref(launch)):
@@ -116,27 +120,34 @@ class Function:
 
     def pack(self, args: Sequence[Any]) -> list[Any]:
         """Each argument in memory of its own, checked against the kernel's parameter."""
-        parameters = self.kernel.parameters[: self.kernel.count]
-        if len(args) != len(parameters):
-            raise KernelError(f"{self.name}: {len(args)} arguments for {len(parameters)} parameters")
+        if len(args) != len(self.parameters):
+            raise KernelError(f"{self.name}: {len(args)} arguments for {len(self.parameters)} parameters")
         buffers = []
-        for i, (value, parameter) in enumerate(zip(args, parameters, strict=True)):
-            kind = parameter.kind.decode()
+        for i, (value, (kind, n_bytes)) in enumerate(zip(args, self.parameters, strict=True)):
             if isinstance(value, DeviceArray):
-                given, fits = np.uint64(value.ctypes.data), kind == "p"
+                given, fits = np.uint64(value.ctypes.data), kind in "pc"
             elif isinstance(value, np.generic | bool | int | float):  # Python's numbers have 64 bits, as in CuPy
                 given = np.asarray(value)[()]
-                fits = given.nbytes == parameter.bytes and (kind == "s" or (given.dtype.kind == "f") == (kind == "f"))
+                fits = given.nbytes == n_bytes and (kind == "s" or (given.dtype.kind == "f") == (kind == "f"))
             else:
                 raise TypeError(f"{self.name}: argument {i}: Unsupported type {type(value)}")
             if not fits:
-                raise KernelError(
-                    f"{self.name}: argument {i}: {type(value).__name__} for a parameter of {parameter.bytes} bytes "
-                    f"({ {'p': 'pointer', 'i': 'int', 'u': 'unsigned', 'f': 'float', 's': 'struct'}[kind] })"
-                )
+                what = f"{type(value).__name__} for a parameter of {n_bytes} bytes ({KINDS[kind]})"
+                raise KernelError(f"{self.name}: argument {i}: {what}")
             data = given.tobytes()
             buffers.append(ctypes.create_string_buffer(data, len(data)))
         return buffers
+
+    def arrays(self, args: Sequence[Any]) -> list[Region]:
+        """The memory of the arguments, and of arrays that the kernel may know by their addresses."""
+        kinds = [CONSTANT if kind == "c" else GLOBAL for kind, _ in self.parameters]
+        given = [(f"argument {i}", a, kind) for i, (a, kind) in enumerate(zip(args, kinds, strict=True))]
+        given += [("an array known by its address", ref(), GLOBAL) for ref in list(exposed.values())]
+        return [
+            Region(*byte_bounds(a), name.encode(), kind)
+            for name, a, kind in given
+            if isinstance(a, DeviceArray) and a.size
+        ]
 
     def readable(self, text: str) -> str:
         """Addresses of code as file:line, C++ names as in the source."""
@@ -151,18 +162,12 @@ def extents(what: str, given: Sequence[int]) -> tuple[int, ...]:
     return sizes
 
 
-def arrays_of(args: Sequence[Any]) -> list[Region]:
-    named = [(f"argument {i}", a) for i, a in enumerate(args) if isinstance(a, DeviceArray)]
-    named += [("an array known by its address", a) for ref in list(exposed.values()) if (a := ref()) is not None]
-    return [Region(*byte_bounds(a), name.encode(), 0) for name, a in named if a.size]
-
-
 def merged(regions: list[Region]) -> list[Region]:
-    """Views of the same memory become one."""
+    """Views of the same memory become one, constant if all are."""
     out: list[Region] = []
     for r in sorted(regions, key=lambda r: r.begin):
         if out and r.begin < out[-1].end:
-            out[-1].end = max(out[-1].end, r.end)
+            out[-1].end, out[-1].kind = max(out[-1].end, r.end), min(out[-1].kind, r.kind)
             if r.name not in out[-1].name:
                 out[-1].name += b" = " + r.name
         else:
@@ -177,10 +182,11 @@ def globals_of(elf: Elf, base: int) -> list[Region]:
         if not section.flags & ALLOCATED or section.flags & (EXECUTED | THREAD_LOCAL):
             continue
         if section.name.startswith(".rodata"):
-            regions.append(Region(base + section.address, base + section.address + section.size, b"constants", 0))
+            start = base + section.address
+            regions.append(Region(start, start + section.size, b"constants", CONSTANT))
         elif section.name in (".data", ".bss", ".data.rel.ro"):
             regions += [
-                Region(base + s.value, base + s.value + s.size, s.name.encode(), 0)
+                Region(base + s.value, base + s.value + s.size, s.name.encode(), GLOBAL)
                 for s in elf.symbols
                 if s.type == OBJECT and s.section == i and s.size and "cuda_host" not in s.name
             ]

@@ -23,22 +23,22 @@ struct Place {  // in a source; as a default argument, that of the call
 // and in `arrived` how many came.
 unsigned barrier(bool predicate, unsigned* arrived, Place);
 
-// Each waits for all lanes of `mask` that have not exited.
-void sync_warp(unsigned mask, Place);                                               // orders memory, as a barrier does
-uint64_t shuffle(unsigned mask, uint64_t value, unsigned source_lane, Place);  // the value of a lane; does not order
-unsigned ballot(unsigned mask, bool predicate, Place);                              // does not order
+// Each waits for all lanes of `mask` that have not exited; sync_warp orders memory as a barrier does, others do not.
+void sync_warp(unsigned mask, Place);
+uint64_t shuffle(unsigned mask, uint64_t value, unsigned source_lane, Place);
+unsigned ballot(unsigned mask, bool predicate, Place);
 unsigned live_lanes();
 
-void fence();                                           // __threadfence
-void atomic_access(void* address, size_t bytes);        // checked before an atomic operation
-void after_atomic();                                    // where other threads may be let in
-void access(const void* address, size_t bytes, bool write);
+void fence();                                        // __threadfence
+void access(const void*, size_t bytes, bool write);  // checks a load or store that the compiler does not announce
+void atomic_access(void*, size_t bytes);             // checks an atomic operation
+void let_others();                                   // lets others run now and then, so that a thread may poll
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-// A kernel as Python sees it: parameters by size in bytes and kind (p pointer, i signed, u unsigned, f float, s other).
+// A kernel as Python sees it.
 struct Parameter {
     uint32_t bytes;
-    char kind;
+    char kind;  // p pointer, c pointer to const, i signed, u unsigned, f float, s other
 };
 struct Kernel {
     void (*run)(void** arguments);
