@@ -149,10 +149,14 @@ class _Recording:
 
     def player(self, run: Callable[[], None]) -> Callable[[], None]:
         pairs, held, device = list(self.pairs.values()), self.held, self.device
+        last = [b""] * len(pairs)  # what lies there
 
         def play() -> None:
             assert held is not None
-            device.refresh(pairs)
+            for i, (host, array) in enumerate(pairs):
+                if last[i] != (now := host.tobytes()):
+                    device.refresh(host, array)
+                    last[i] = now
             run()
 
         return play

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -127,9 +127,8 @@ class CudaDevice:
     def reserve(self, shape: tuple[int, ...], dtype: Any) -> Array:
         return self.empty(shape, dtype)
 
-    def refresh(self, pairs: Sequence[tuple[np.ndarray, Array]]) -> None:
-        for host, array in pairs:
-            array.set(host)
+    def refresh(self, host: np.ndarray, array: Array) -> None:
+        array.set(host)
 
     def synchronize(self) -> None:
         self._stream.synchronize()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,8 +54,8 @@ class Device(Protocol):
     def reserve(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Memory for `refresh`, as may be asked for while launches are noted."""
 
-    def refresh(self, pairs: Sequence[tuple[np.ndarray, Array]]) -> None:
-        """Copies host arrays to their places on the device, before what is launched next."""
+    def refresh(self, host: np.ndarray, array: Array) -> None:
+        """Copies a host array to its place on the device, before what is launched next."""
 
     def synchronize(self) -> None: ...
 

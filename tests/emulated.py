@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +84,8 @@ class EmulatedDevice:
     def reserve(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return self.empty(shape, dtype)
 
-    def refresh(self, pairs: Sequence[tuple[np.ndarray, Any]]) -> None:
-        for host, array in pairs:
-            array.set(host)
+    def refresh(self, host: np.ndarray, array: Any) -> None:
+        array.set(host)
 
     def synchronize(self) -> None:
         pass
