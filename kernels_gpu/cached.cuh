@@ -19,7 +19,7 @@ struct Cached {
     DEVICE Eight<V_STORE> value(int slot, int chunk) const { return fetch<V_STORE, D>(v, v_first + slot, chunk); }
 };
 
-constexpr int power_from(int least) {
+DEVICE constexpr int power_from(int least) {
     int power = 1;
     while (power < least) power *= 2;
     return power;

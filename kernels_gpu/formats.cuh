@@ -85,13 +85,11 @@ DEVICE Steps steps_of(const Group& g) {
 
 // Four numbers of IQ4_NL for four codes of 4 bits, one a byte.
 DEVICE u32 looked_up(u32 codes) {
-    u32 found = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const u32 code = codes >> 8 * i & 15, table[4] = {0xbfad9881u, 0xf6eaddcfu, 0x26190d01u, 0x71594535u};
-        found |= (table[code / 4] >> code % 4 * 8 & 255) << 8 * i;
-    }
-    return found;
+    // Their low three bits side by side choose bytes of either half of the table, the fourth between the halves.
+    const u32 pairs = codes | codes >> 4, chosen = ((pairs & 0xff) | (pairs >> 8 & 0xff00)) & 0x7777;
+    const u32 low = __byte_perm(0xbfad9881u, 0xf6eaddcfu, chosen), high = __byte_perm(0x26190d01u, 0x71594535u, chosen);
+    const u32 upper = (codes >> 3 & 0x01010101u) * 0xff;
+    return (low & ~upper) | (high & upper);
 }
 
 // Codes 4 i ... 4 i + 3 as signed bytes of a word; i is known when this is compiled.
