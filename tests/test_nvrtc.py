@@ -39,7 +39,7 @@ def arch(request: pytest.FixtureRequest) -> int:
 
 @pytest.fixture
 def nvrtc(arch: int) -> Nvrtc:
-    if not (found := nvrtc_for(arch)):
+    if not (found := nvrtc_for(arch, headers=True)):
         pytest.skip(f"no NVRTC for sm_{arch} (nvidia-cuda-nvrtc and nvidia-cuda-runtime from PyPI bring one)")
     return found
 
