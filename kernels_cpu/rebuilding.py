@@ -31,6 +31,7 @@ from .tiles import square_root
 from .unowned import unowned
 
 TILE = 64  # tokens: whole panels
+ADDRESS, COLUMNS = range(2)
 HEIGHT, PANEL = (LANES, LANES) if HAS_TILES else (ROWS, WIDTH)
 
 _ROWS, _VECTORS, _LANES = (0,) * ROWS, (0,) * VECTORS, (0,) * LANES
@@ -43,7 +44,7 @@ class Packed(NamedTuple):
     values: np.ndarray  # float32 [groups, strips, rank, HEIGHT]
     bias: np.ndarray  # [H_kv d], or empty
     norm: np.ndarray  # [d], or empty
-    table: np.ndarray  # of cosines and sines
+    table: np.ndarray  # of cosines and sines, int64: where it lies (ADDRESS), and numbers of a row (COLUMNS)
     heads: int  # of a group
     d: int
     eps: np.float32
@@ -64,7 +65,7 @@ def pack(values: np.ndarray, groups: int) -> np.ndarray:
 
 def rebuild_scratch(factor: Packed) -> int:
     """Numbers that rebuild_tile needs."""
-    (_, strips, rank, _), turns = factor.values.shape, factor.table.shape[1]
+    (_, strips, rank, _), turns = factor.values.shape, int(factor.table[COLUMNS])
     return (rank + strips * HEIGHT + turns) * TILE + LANES * max(rank, turns)
 
 
@@ -135,13 +136,13 @@ def _latent_panels(cache, seq, group, first, width, panels, rows):  # type: igno
 @kernel
 def _turns_of_tokens(cache, seq, group, first, width, table, turns, rows):  # type: ignore[no-untyped-def]
     """Cosines and sines of the tokens in `width` slots from `first` on, [2 pairs and padding, TILE]."""
-    columns = table.shape[1]
+    columns = table[COLUMNS]
     room = rows[: LANES * columns].reshape(LANES, columns)
     for i in range(0, width, LANES):
         count = min(LANES, width - i)
         for r in range(count):
             position = int_at(row_address(cache, seq, group, first + i + r) + cache[POSITION])
-            copy_floats(address(room[r]), address(table) + 4 * columns * position, columns)
+            copy_floats(address(room[r]), table[ADDRESS] + 4 * columns * position, columns)
         transpose_rows(room, 0, count - 1, 0, columns, turns, i, TILE, _LANES)
 
 
@@ -167,16 +168,16 @@ def rebuild_tile(cache, seq, group, first, width, factor, scratch):  # type: ign
 
     factor: Packed. scratch: rebuild_scratch(...) numbers, at a cache line.
     """
-    (_, strips, rank, _), table = factor.values.shape, factor.table
+    (_, strips, rank, _), columns = factor.values.shape, factor.table[COLUMNS]
     panels, used = scratch[: rank * TILE], rank * TILE
     keys = scratch[used : used + strips * HEIGHT * TILE]
     used += strips * HEIGHT * TILE
-    turns = scratch[used : used + table.shape[1] * TILE]
-    rows = scratch[used + table.shape[1] * TILE :]
+    turns = scratch[used : used + columns * TILE]
+    rows = scratch[used + columns * TILE :]
     _latent_panels(cache, seq, group, first, width, panels, rows)
     multiply_panels(factor.values, group, panels, width, keys)
     if factor.pairs > 0:
-        _turns_of_tokens(cache, seq, group, first, width, table, turns, rows)
+        _turns_of_tokens(cache, seq, group, first, width, factor.table, turns, rows)
     return keys, turns
 
 
