@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import Cli
 from emulated import EmulatedDevice, emulated_ops
 from make_gguf import tiny_model
 
+import kernels_gpu
 from minirt import Llama
 from minirt.sampling import Sampling
 
@@ -100,3 +103,30 @@ def test_out_of_memory_is_one_line(on_card: Any, device: Any, tiny: Path, monkey
             with pytest.raises(MemoryError):
                 card.session.feed([5, 6, *range(10, 90)])
         assert np.array_equal(card.session.feed([5, 6, 7]), first)
+
+
+@pytest.fixture
+def card(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What --device gpu opens."""
+    monkeypatch.setattr(device.device, "memory", (512 << 20, 1 << 30))
+    monkeypatch.setattr(kernels_gpu, "open_card", lambda: device)
+
+
+def test_commands(card: None, cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the hen in the inn " * 40)
+    run = ("run", tiny, "-p", "the", "-n", "4", "--temp", "0", "--device", "gpu")
+    chat = ("chat", tiny, "--device", "gpu", "-n", "3", "--temp", "0")
+    bench = ("bench", tiny, "-p", "16", "-n", "4", "-r", "1", "-o", "json", "--device", "gpu")
+    perplexity = ("perplexity", tiny, "-f", text, "-c", "32", "--chunks", "2", "--json", "--device")
+    for command, given in ((run, None), (chat, "hello\n"), (bench, None), (perplexity, None)):
+        result = cli(*command, *(["gpu"] if command is perplexity else []), input=given)
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout
+        if command is bench:
+            (first, *_) = json.loads(result.stdout)
+            assert (first["backends"], first["gpu_info"]) == ("CUDA", "emulated")
+            assert first["memory_bytes_per_second"] > 0
+        if command is perplexity:
+            truth = json.loads(cli(*perplexity, "reference").stdout)["ppl"]
+            assert json.loads(result.stdout)["ppl"] == pytest.approx(truth, rel=1e-3)

@@ -1,4 +1,4 @@
-"""CUDA C++ compiled for GPUs that are not there, and what kernels need of them; test_gpu_variants has those of minirt."""
+"""CUDA C++ compiled for GPUs that are not there, and what it needs of them. Our kernels: test_gpu_variants."""
 
 from __future__ import annotations
 
