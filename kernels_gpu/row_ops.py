@@ -15,7 +15,7 @@ from minirt.rope import Angles, Rope
 
 from .base import BaseOps
 from .device import Array
-from .formats import FORMATS, GROUP
+from .formats import FORMATS, GROUP, NUMBERS
 from .matrices import THREADS, Matrix, make_matrix
 
 if TYPE_CHECKING:
@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 FEW_ROWS = 8  # up to here weights are multiplied as they are; beyond, on tensor cores
 TILE = 64  # of gemm.cu
 WARP = 32
-PLAIN, NORMED, GATED = 0, 1, 2  # of activations.cu
-CODES_BYTES, SUMS_BYTES = 64, 16  # of 32 rounded activations
+PLAIN, NORMED, GATED = 0, 1, 2  # of activations.cuh
+ROUNDED_BYTES = 80  # of 32 rounded activations
 TOGETHER = 3  # matrices of a launch
+BLOCK, WARPS, BLOCKS = 256, 8, 4  # threads and warps of a block of products, blocks of a multiprocessor
+ROOM = 48 << 10  # bytes of shared memory that any card gives a block
 
 
 class RowOps(BaseOps):
@@ -78,8 +80,17 @@ class RowOps(BaseOps):
 
     def feed_forward(self, x: Array, layer: LayerWeights, config: ModelConfig) -> None:
         check_feed_forward(x, layer)
-        h = self._products(x, (layer.w_gate, layer.w_up), NORMED, layer.ffn_norm, config.rms_eps)
-        self._products(h, (layer.w_down,), GATED, out=x)
+        gate, up, down = layer.w_gate, layer.w_up, layer.w_down
+        if (
+            self._makes_input(len(x), gate)
+            and gate.name == up.name
+            and (gate.name in FORMATS) == (down.name in FORMATS)
+        ):
+            h = self._gated(x, layer, config.rms_eps)
+            self._few(h, None, (down,), [0], PLAIN, None, 0.0, x, True)
+            return
+        h = self._products(x, (gate, up), NORMED, layer.ffn_norm, config.rms_eps)
+        self._products(h, (down,), GATED, out=x)
 
     def logits(self, x: Array, norm: Array, eps: float, matrix: Matrix) -> Array:
         check_product(x, norm, matrix)
@@ -101,46 +112,113 @@ class RowOps(BaseOps):
     ) -> Array:
         """Rows x times each matrix, side by side in scratch; or added to out [N, n_out], which is then the result."""
         n, n_in, add = len(x), matrices[0].shape[1], out is not None
-        begins = list(itertools.accumulate((m.shape[0] for m in matrices), initial=0))
+        begins = list(itertools.accumulate((m.shape[0] for m in matrices), initial=0))[:-1]
         if out is None:
-            out = self._buffer(f"product of {len(matrices)}", (n, begins[-1]))
-        coded, few = [m for m in matrices if m.name in FORMATS], n <= FEW_ROWS
-        columns = n_in // GROUP
-        codes = self._buffer("codes", (n, columns * CODES_BYTES), np.uint8) if few and coded else None
-        sums = self._buffer("sums", (n, columns * SUMS_BYTES), np.uint8) if few and coded else None
-        floats = self._buffer("floats", (n, n_in)) if few and len(coded) < len(matrices) else None
-        halves = None if few else self._buffer("halves", (n, n_in), np.uint16)
-        factors = None if few else self._buffer("factors", (n,))
-        self._launch(
-            "activations.cu", "prepare", n, 256, x, np.int64(x.shape[1]), n_in, kind, norm, eps, codes, sums, floats,
-            halves, factors,
-        )  # fmt: skip
-        stride = np.int64(out.shape[1])
-        if not few:
-            for m, begin in zip(matrices, begins, strict=False):
-                grid = (-(-n // TILE), -(-m.shape[0] // TILE))
-                self._launch(
-                    "gemm.cu", "gemm", grid, 128, halves, factors, n, n_in, m.shape[0], m.largest, add, stride,
-                    out[:, begin:], *m.planes, **m.constants,
-                )  # fmt: skip
+            out = self._buffer(f"product of {len(matrices)}", (n, begins[-1] + matrices[-1].shape[0]))
+        if n > FEW_ROWS:
+            self._many(x, matrices, begins, kind, norm, eps, out, add)
             return out
-        rows = next(size for size in (1, 2, 4, 8) if n <= size)
+        for numbers in (False, True):
+            own = [i for i, m in enumerate(matrices) if (m.name in NUMBERS) == numbers]
+            if not own:
+                continue
+            made = kind != GATED and self._makes_input(n, matrices[own[0]])
+            given = None if made else self._input(x, n_in, kind, norm, eps, numbers)
+            some, places = [matrices[i] for i in own], [begins[i] for i in own]
+            self._few(given, x, some, places, kind, norm, eps, out, add)
+        return out
+
+    def _makes_input(self, n: int, m: Matrix) -> bool:
+        """Whether a block of products makes its input: of one row, if its shared memory takes that."""
+        return n == 1 and _room(m) <= ROOM
+
+    def _input(self, x: Array, n_in: int, kind: int, norm: Array | None, eps: float, numbers: bool) -> Array:
+        """Rows x as few products read them: rounded, or floats."""
+        shape = (len(x), n_in) if numbers else (len(x), n_in // GROUP * ROUNDED_BYTES)
+        out = self._buffer("floats", shape) if numbers else self._buffer("rounded", shape, np.uint8)
+        rounded, floats = (None, out) if numbers else (out, None)
+        self._prepare(x, n_in, kind, norm, eps, rounded, floats, None, None)
+        return out
+
+    def _prepare(self, x: Array, n_in: int, kind: int, norm: Array | None, eps: float, *outs: Array | None) -> None:
+        rows, stride = len(x), np.int64(x.shape[1])
+        self._launch("activations.cu", "prepare", rows, 256, x, stride, n_in, kind, norm, eps, *outs)
+
+    def _few(
+        self,
+        given: Array | None,
+        x: Array | None,
+        matrices: Sequence[Matrix],
+        begins: Sequence[int],
+        kind: int,
+        norm: Array | None,
+        eps: float,
+        out: Array,
+        add: bool,
+    ) -> None:
+        """Products of a few rows, which are given as input or made of the one row x; a launch for each format."""
+        n, n_in = len(out), matrices[0].shape[1]
+        size = next(size for size in (1, 2, 4, 8) if n <= size)
         for same in _alike(matrices, begins):
-            warps = sum(m.shape[0] for m, _ in same)
             m, absent = same[0][0], (*(None for _ in same[0][0].planes), 0, None)
             weights = [(*m.planes, m.shape[0], out[:, begin:]) for m, begin in same]
             weights += [absent] * (TOGETHER - len(same))
-            inputs = (codes, sums, n, columns) if m.name in FORMATS else (floats, n, n_in)
-            grid, constants = -(-warps * WARP // THREADS), {**m.constants, "ROWS": rows}
             self._launch(
-                "products.cu", "products", grid, THREADS, *inputs, add, stride, *sum(weights, ()), **constants
+                "products.cu", "products", self._blocks(sum(m.shape[0] for m, _ in same)), BLOCK,
+                given, x, n, n_in, kind, norm, eps, add, np.int64(out.shape[1]), *sum(weights, ()),
+                shared=0 if given is not None else _room(m), **m.constants, ROWS=size,
             )  # fmt: skip
-        return out
+
+    def _blocks(self, rows: int) -> int:
+        """So many that each warp has as many rows of weights as any other, or one less."""
+        most = BLOCKS * self.device.multiprocessors * WARPS
+        each = -(-rows // most)
+        return -(-rows // (WARPS * each))
+
+    def _gated(self, x: Array, layer: LayerWeights, eps: float) -> Array:
+        """silu(gate) times up of one row, as input of `down`."""
+        gate, up, numbers = layer.w_gate, layer.w_up, layer.w_down.name in NUMBERS
+        n_ff, n_in = gate.shape
+        shape = (1, n_ff) if numbers else (1, n_ff // GROUP * ROUNDED_BYTES)
+        h = self._buffer("gated floats", shape) if numbers else self._buffer("gated", shape, np.uint8)
+        outs = (None, h) if numbers else (h, None)
+        self._launch(
+            "products.cu", "gated_products", -(-n_ff // GROUP), BLOCK, x, n_in, NORMED, layer.ffn_norm, eps, *outs,
+            *(argument for m in (gate, up) for argument in (*m.planes, n_ff, None)),
+            shared=_room(gate), **gate.constants, ROWS=1,
+        )  # fmt: skip
+        return h
+
+    def _many(
+        self,
+        x: Array,
+        matrices: Sequence[Matrix],
+        begins: Sequence[int],
+        kind: int,
+        norm: Array | None,
+        eps: float,
+        out: Array,
+        add: bool,
+    ) -> None:
+        """Products of many rows, as halves."""
+        n, n_in = len(x), matrices[0].shape[1]
+        halves, factors = self._buffer("halves", (n, n_in), np.uint16), self._buffer("factors", (n,))
+        self._prepare(x, n_in, kind, norm, eps, None, None, halves, factors)
+        for m, begin in zip(matrices, begins, strict=True):
+            self._launch(
+                "gemm.cu", "gemm", (-(-n // TILE), -(-m.shape[0] // TILE)), 128, halves, factors, n, n_in, m.shape[0],
+                m.largest, add, np.int64(out.shape[1]), out[:, begin:], *m.planes, **m.constants,
+            )  # fmt: skip
+
+
+def _room(m: Matrix) -> int:
+    """Bytes of one row of input of a matrix."""
+    return m.shape[1] * 4 if m.name in NUMBERS else m.shape[1] // GROUP * ROUNDED_BYTES
 
 
 def _alike(matrices: Sequence[Matrix], begins: Sequence[int]) -> list[list[tuple[Matrix, int]]]:
     """Matrices of a format together, each with where its products begin."""
     found: dict[str, list[tuple[Matrix, int]]] = {}
-    for m, begin in zip(matrices, begins, strict=False):
+    for m, begin in zip(matrices, begins, strict=True):
         found.setdefault(m.name, []).append((m, begin))
     return list(found.values())

@@ -68,7 +68,9 @@ def benchmarks(ops: Any, copy: float) -> Iterator[Row]:
 
 
 def commit() -> str:
-    found = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False)
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     return found.stdout.strip()
 
 
@@ -99,8 +101,10 @@ def main(output: str | None, minutes: float, no_tests: bool) -> None:
     if output:
         Path(output).write_text(json.dumps(facts, indent=1) + "\n")
     click.echo(table(rows))
-    click.echo(f"{ops.device.name}, copy {copy / 1e9:.0f} GB/s; tests: {facts.get('tests_pass')}, "
-               f"sanitizer: {facts.get('sanitizer')}")
+    click.echo(
+        f"{ops.device.name}, copy {copy / 1e9:.0f} GB/s; tests: {facts.get('tests_pass')}, "
+        f"sanitizer: {facts.get('sanitizer')}"
+    )
     sys.exit(0 if facts.get("tests_pass", True) else 1)
 
 

@@ -211,7 +211,5 @@ def table(rows: list[Row]) -> str:
     lines = [f"{'work':44}{'ms':>10}{'GB/s':>9}{'of copy':>9}{'ratio':>8}  target"]
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}x"
-        lines.append(
-            f"{row.work:44}{row.ms:10.4f}{row.gb_per_s:9.0f}{100 * row.share:8.0f}%{ratio:>8}  {row.target}"
-        )
+        lines.append(f"{row.work:44}{row.ms:10.4f}{row.gb_per_s:9.0f}{100 * row.share:8.0f}%{ratio:>8}  {row.target}")
     return "\n".join(lines)
