@@ -12,7 +12,7 @@ chat: $(VENV)/.installed
 	@$(BIN)/minirt chat
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check

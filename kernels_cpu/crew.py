@@ -235,6 +235,7 @@ class Crew:
                 return self.state
             self.state[ALONE // 8] = self._alone_until = 0
         for bell in self._bells:
+            bell.wanted = True
             if bell.asleep:
                 bell.asleep = False
                 bell.rung.release()
@@ -258,6 +259,7 @@ class _Bell:
 
     def __init__(self) -> None:
         self.asleep = False
+        self.wanted = False  # since the worker last began to look for work
         self.dismissed = False
         self.rung = threading.Semaphore(0)
 
@@ -283,9 +285,11 @@ if hasattr(os, "register_at_fork"):
 
 def _work(state: np.ndarray, bell: _Bell, patience: int, number: int) -> None:
     while not bell.dismissed:
+        bell.wanted = False
         _serve_until_idle(state, patience, number)
         bell.asleep = True
-        if state[STAY // 8]:
+        # Until here it may have waited for Python's lock, while the caller took it for awake.
+        if bell.wanted or state[STAY // 8]:
             bell.asleep = False
         else:
             bell.rung.acquire()

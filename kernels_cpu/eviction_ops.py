@@ -99,10 +99,7 @@ class EvictionOps:
     ) -> None:
         check_overwrite(kv, slot, k, v, positions, pos)
         if isinstance(kv.k, Latents):
-            self._not_recorded()
-            check_indices(slot, positions.shape[2])
-            self._write(kv, np.arange(len(slot), dtype=np.int32), slot, k, v)
-            positions[np.arange(len(slot))[:, None], np.arange(slot.shape[1]), slot] = pos[:, None]
+            self._write(kv, np.arange(len(slot), dtype=np.int32), slot, k, v, positions, pos)
             return
         if not self._run(eviction.overwrite, kv.k, kv.v, slot, *self._rows(kv, k, v), positions, pos):
             raise ValueError(f"slots {slot} lie outside a cache {kv.k.shape}")

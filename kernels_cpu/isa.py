@@ -6,6 +6,7 @@ dotprod, or portable, which every CPU of the architecture runs. Unset, or `nativ
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import sys
@@ -34,18 +35,30 @@ if X86:
     }
 elif ARM:
     SETS |= {"neon": ("generic", _NEON), "dotprod": ("generic", (*_NEON, "dotprod"))}
+_TILES = ("amx-tile", "amx-bf16", "amx-int8")
 _SSE = ("sse", "sse2", "sse3", "ssse3", "sse4.1", "sse4.2", "popcnt")
 
 
 def host_features() -> frozenset[str]:
-    """What this CPU has, by LLVM's names."""
+    """What this CPU has and the system lets a process use, by LLVM's names."""
     try:
         found = {feature for feature, there in llvm.get_host_cpu_features().items() if there}
     except RuntimeError:  # LLVM cannot tell on this system
         found = set()
     if ARM:
         found |= {*_NEON, "dotprod"} if _arm_has_dotprod() else set(_NEON)
+    if found.issuperset(_TILES) and not _may_use_tiles():
+        found -= {*_TILES}
     return frozenset(found)
+
+
+def _may_use_tiles() -> bool:
+    """Asks Linux for the tile registers of AMX, for all threads: a process that has not must not touch them."""
+    arch_prctl, request, tile_data = (ctypes.c_long(number) for number in (158, 0x1023, 18))
+    try:
+        return sys.platform == "linux" and ctypes.CDLL(None).syscall(arch_prctl, request, tile_data) == 0
+    except (OSError, AttributeError):
+        return False
 
 
 def _arm_has_dotprod() -> bool:

@@ -19,12 +19,11 @@ from minirt.rope import Angles, Rope
 from minirt.stores import Latents, LatentStore
 from minirt.stores.latent import POSITION_BYTES, UNIT
 
-from . import latent_attention
+from . import latent_attention, latent_cache
 from .blocks import FORMATS
 from .crew import Crew
 from .ir_vectors import LANES
-from .kernels import finish_heads
-from .latent_rows import write_rows
+from .kernels import finish_heads, side_by_side
 from .memory import zeros
 from .rebuilding import Packed, pack, rebuild_rows, rebuild_scratch
 from .shapes import check, whole_vectors
@@ -34,15 +33,16 @@ if TYPE_CHECKING:
 
 POSITIONS = 1024  # for which cosines and sines are computed at a time, at least
 _EMPTY = np.empty(0, np.float32)
-_NO_TURNS = np.zeros((0, 0), np.float32)
+_NO_TURNS = np.zeros(2, np.int64)
 _F32 = FORMATS["F32"].dtype
 
 
 class Turns:
-    """Cosines and sines of all positions there are so far, one table for all layers."""
+    """Cosines and sines of all positions there are so far, one table for all layers, which `described` follows."""
 
     def __init__(self, rope: Rope):
         self.rope = rope
+        self.described = np.zeros(2, np.int64)  # see rebuilding.Packed
         self.table = np.empty((0, whole_vectors(rope.dim)), np.float32)
         self.cover(POSITIONS)
 
@@ -58,6 +58,11 @@ class Turns:
             cos, sin = self.rope.angles(np.arange(begin, begin + len(rows)))
             rows[:, : self.rope.dim // 2], rows[:, self.rope.dim // 2 : self.rope.dim] = cos, sin
         self.table = table
+        self.described[:] = table.ctypes.data, table.shape[1]
+
+    def cover_all(self, pos: np.ndarray) -> None:
+        """Makes the table hold these positions."""
+        self.cover(int(pos.max(initial=0)) + 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,12 +85,8 @@ class KeyFactor:
     def packed(self, groups: int) -> Packed:
         """For kernels that rebuild tiles."""
         rope, heads = self.turns.rope, self.n_head_kv // groups
-        arrays, pairs = (self.values, self.bias, self.norm, self.turns.table), rope.dim // 2
+        arrays, pairs = (self.values, self.bias, self.norm, self.turns.described), rope.dim // 2
         return Packed(*arrays, heads, self.head_dim, self.eps, pairs, *((2, 1) if rope.interleaved else (1, pairs)))
-
-    def cover(self, n: int) -> None:
-        """Positions 0 ... n - 1 can be turned to."""
-        self.turns.cover(n)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,9 +113,6 @@ class ValueFactor:
         arrays, each = (values, self.bias, _EMPTY, _NO_TURNS), self.n_head_kv // groups
         return Packed(*arrays, each, self.head_dim, np.float32(0.0), 0, 1, 1)
 
-    def cover(self, n: int) -> None:
-        """Values do not turn."""
-
 
 class CpuLatents(Latents):
     """Latents in memory."""
@@ -140,6 +138,10 @@ class LatentOps:
     _buffer: Any
     matrix: Any
     _turns: list[Turns]
+    _run: Any
+    _in_order: Any
+    _columns: Any
+    _tape: Any
 
     def factor(
         self,
@@ -174,16 +176,18 @@ class LatentOps:
         assert layer.v_factor is not None
         bias, norm = (_EMPTY if a is None else a for a in (layer.bq, layer.q_norm))
         pairing = (2, 1) if angles.interleaved else (1, cos.shape[1])
-        finish_heads(out, begins[0], config.n_head, d, bias, norm, np.float32(config.rms_eps), cos, sin, *pairing)
-        q, k, v = (
-            np.ascontiguousarray(out[:, begin : begin + matrix.shape[0]]).reshape(n, -1, width)
-            for begin, matrix, width in zip(
-                begins, (layer.wq, layer.wk, layer.wv), (d, layer.k_factor.rank, layer.v_factor.rank), strict=True
-            )
-        )
-        positions = np.empty((*k.shape[:2], 1), np.float32)
-        positions[...] = pos[:, None, None]
-        return q, np.concatenate((k, positions), axis=2), v
+        self._run(
+            finish_heads,
+            out, begins[0], config.n_head, d, bias, norm, np.float32(config.rms_eps), cos, sin, *pairing,
+        )  # fmt: skip
+        groups, k_rank, v_rank = _groups(config), layer.k_factor.rank, layer.v_factor.rank
+        q = self._columns("queries", out, begins[0], (n, config.n_head, d))
+        v = self._columns("values", out, begins[2], (n, groups, v_rank))
+        k = np.empty((n, groups, k_rank + 1), np.float32)
+        self._run(latent_cache.with_positions, out, begins[1], pos, k)
+        if self._tape is not None:
+            self._tape.begin_with(layer.k_factor.turns, pos)
+        return q, k, v
 
     def _turns_of(self, rope: Rope) -> Turns:
         for turns in self._turns:
@@ -192,15 +196,18 @@ class LatentOps:
         self._turns.append(Turns(rope))
         return self._turns[-1]
 
-    def _write(self, kv: KV, seq: np.ndarray, slot: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
-        """Rows i of k [N, G, r + 1] and v [N, G, r] to slot[i, g] (or slot[i, 0]) of sequence seq[i]."""
+    def _write(self, kv: KV, seq: np.ndarray, slot: np.ndarray, k: np.ndarray, v: np.ndarray, *positions: Any) -> None:
+        """Rows i of k [N, G, r + 1] and v [N, G, r] to slot[i, g] (or slot[i, 0]) of sequence seq[i].
+
+        positions: where those of the tokens are noted too, if anywhere, and what they are: see `Ops.overwrite`.
+        """
         for rows, x in zip(kv, (k, v), strict=True):
             check(x.shape == (len(seq), rows.shape[1], rows.numbers), "latents", x.shape, rows.shape)
-            x = np.ascontiguousarray(x, np.float32)
-            highest = write_rows(rows.described, rows.shape[2], seq, slot, x)
-            if highest < 0:
-                raise ValueError(f"slots {slot} lie outside a cache {rows.shape}, or positions outside a text")
-            rows.factor.cover(highest + 1)
+        k, v = self._in_order(k), self._in_order(v)
+        kernel = latent_cache.overwrite if positions else latent_cache.append
+        if not self._run(kernel, kv.k.described, kv.v.described, kv.k.shape[2], seq, slot, k, v, *positions):
+            raise ValueError(f"slots {slot} lie outside a cache {kv.k.shape}, or positions outside a text")
+        kv.k.factor.turns.cover_all(k[..., -1])
 
     def _attend_latents(
         self, name: str, q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray, far: Far | None, kept: np.ndarray
@@ -210,15 +217,17 @@ class LatentOps:
         shape, until, queries = q.shape, first, q
         if far is not None:
             check_far(q, far, first)
-            queries, until = np.concatenate((q, far.q), axis=1), far.stop
+            queries, until = self._buffer("near and far", (shape[0], 2 * shape[1], shape[2])), far.stop
+            self._run(side_by_side, self._in_order(q), self._in_order(far.q), queries)
         groups, (keys, values) = kv.k.shape[1], (kv.k.factor, kv.v.factor)
         packed, rank = keys.packed(groups), values.matrix.shape[1]
         rebuild = rebuild_scratch(packed)
         size = latent_attention.attention_scratch(rebuild, shape[1] // groups, rank, shape[2])
         bias = values.bias if len(values.bias) else self._buffer("no bias", (keys.n_head_kv * shape[2],))
         out = self._buffer(name, shape)
-        latent_attention.attend(
-            self._crew.call(), np.ascontiguousarray(queries, np.float32), kv.k.described, kv.v.described, first, stop,
+        self._run(
+            latent_attention.attend,
+            self._crew.call(), self._in_order(queries), kv.k.described, kv.v.described, first, stop,
             until, np.float32(1.0 / math.sqrt(shape[2])), tuple(packed), values.descriptor,
             bias.reshape(keys.n_head_kv, shape[2]), rank, self._scratch_of(size), rebuild, out, kept,
         )  # fmt: skip

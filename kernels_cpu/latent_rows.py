@@ -265,22 +265,25 @@ def _encode_latent(x, n, bits, blocks, room, row):  # type: ignore[no-untyped-de
 
 
 @kernel
-def write_rows(cache, n_slot, seq, slot, x):  # type: ignore[no-untyped-def]
-    """Writes x [N, G, r], or [N, G, r + 1] with positions, to slot[i, g] of sequence seq[i]; slot [N, 1] serves all.
-
-    Returns the largest position; -1, and nothing is written, if a slot lies outside the n_slot there are, or what
-    should be a position is none. x is float32 in C order.
-    """
-    rank, blocks, bits, place = cache[RANK], cache[BLOCKS], cache[BITS], cache[POSITION]
-    highest = np.int64(0)
-    for i in range(len(seq)):
+def places_exist(cache, n_slot, slot, x):  # type: ignore[no-untyped-def]
+    """Whether each slot is one of n_slot, and each position of keys x [N, G, r + 1] can be one."""
+    for i in range(len(slot)):
         for g in range(slot.shape[1]):
             if not 0 <= slot[i, g] < n_slot:
-                return np.int64(-1)
-        for g in range(x.shape[1] if place else 0):
-            if not 0 <= x[i, g, rank] <= MAX_POSITION:
-                return np.int64(-1)
-            highest = max(highest, np.int64(x[i, g, rank]))
+                return False
+        for g in range(x.shape[1]):
+            if not 0 <= x[i, g, cache[RANK]] <= MAX_POSITION:
+                return False
+    return True
+
+
+@kernel
+def write_rows(cache, seq, slot, x):  # type: ignore[no-untyped-def]
+    """Writes x [N, G, r], or [N, G, r + 1] with positions, to slot[i, g] of sequence seq[i]; slot [N, 1] serves all.
+
+    x is float32 in C order.
+    """
+    rank, blocks, bits, place = cache[RANK], cache[BLOCKS], cache[BITS], cache[POSITION]
     room = np.empty(UNIT * blocks, np.float32)
     for i in range(len(seq)):
         for g in range(x.shape[1]):
@@ -289,4 +292,3 @@ def write_rows(cache, n_slot, seq, slot, x):  # type: ignore[no-untyped-def]
             _encode_latent(source, rank, bits, blocks, room, row)
             if place:
                 _put_int(row + place, np.int64(x[i, g, rank]))
-    return highest

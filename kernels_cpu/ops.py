@@ -116,7 +116,13 @@ class CpuOps(EvictionOps, LatentOps, SparseOps):
     they are stored, on integers; for more, weights are decoded a few panels at a time, to 16-bit integers or float32.
     """
 
-    name = "cpu"
+    name, device_name = "cpu", ""
+
+    def memory(self) -> None:
+        return None
+
+    def bandwidth(self) -> None:
+        return None
 
     def __init__(self, threads: int):
         self.threads = threads
@@ -160,7 +166,6 @@ class CpuOps(EvictionOps, LatentOps, SparseOps):
         w = self._norm_products(x, layer.attn_norm, config.rms_eps, layer.wq, layer.wk, layer.wv)
         cos, sin = angles.values
         if layer.k_factor is not None and layer.v_factor is not None:
-            self._not_recorded()
             return self._q_and_latents(w.out, w.begins, layer, config, angles)
         optional = (layer.bq, layer.bk, layer.bv, layer.q_norm, layer.k_norm)
         self._run(
@@ -233,7 +238,6 @@ class CpuOps(EvictionOps, LatentOps, SparseOps):
     def append(self, kv: KV, seq: np.ndarray, slot: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
         check_slots(kv, seq, slot)
         if isinstance(kv.k, Latents):
-            self._not_recorded()
             self._write(kv, seq, slot[:, None], k, v)
             return
         check(k.shape == v.shape == (len(seq), kv.k.shape[1], k.shape[2]), "keys and values", k.shape, v.shape)
@@ -301,7 +305,6 @@ class CpuOps(EvictionOps, LatentOps, SparseOps):
     ) -> np.ndarray:
         """Attention of a decode step in the buffer of that name; kept [B H_q, columns]: see `attention.attend`."""
         if isinstance(kv.k, Latents):
-            self._not_recorded()
             return self._attend_latents(name, q, kv, first, stop, far, kept)
         d, q = q.shape[2], self._padded(q)
         check_ranges(q, kv, first, stop)

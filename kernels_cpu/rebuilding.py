@@ -4,9 +4,10 @@
 A rebuilt tile is transposed, [components of the group's heads, TILE]: lanes are tokens. So norms and scores need no
 sums over lanes, and pairs turn alike whether their components are neighbours or half a head apart.
 
-The factor of a group [heads d, r] is packed as tiles of ROWS rows, [tiles, r, ROWS], filled up with zeros; latents come
-as panels of WIDTH tokens, [panels, r, WIDTH]; r is filled up to blocks of 32. Cosines and sines of positions lie in a
-table [positions, 2 pairs and padding], one for all layers, and a tile has those of its tokens as [2 pairs, TILE].
+The factor of a group [heads d, r] is packed as strips of HEIGHT rows, [strips, r, HEIGHT], filled up with zeros;
+latents come as panels of PANEL tokens, [panels, r, PANEL]; r is filled up to blocks of 32. Where there are tile
+registers, both are not float32 but words (`tile_registers`). Cosines and sines of positions lie in a table [positions,
+2 pairs and padding], one for all layers, and a tile has those of its tokens as [2 pairs, TILE].
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ from .gemm import ROWS, VECTORS, WIDTH, multiply_tile, transpose_rows, variable
 from .ir_vectors import F32, I64, LANES, Value, at, constant, load, multiply_add, splat, store, vector
 from .latent_rows import BITS, BLOCKS, POSITION, UNIT, decode_latent, int_at, row_address
 from .pointers import address, copy_floats
+from .tile_registers import HAS_TILES, multiply_strips, pack_strips, split_row
 from .tiles import square_root
 from .unowned import unowned
 
 TILE = 64  # tokens: whole panels
+ADDRESS, COLUMNS = range(2)
+HEIGHT, PANEL = (LANES, LANES) if HAS_TILES else (ROWS, WIDTH)
 
 _ROWS, _VECTORS, _LANES = (0,) * ROWS, (0,) * VECTORS, (0,) * LANES
 
@@ -37,10 +41,10 @@ class Packed(NamedTuple):
     """A layer's factor of keys or values, and what comes after the product. Kernels are called with it as a plain
     tuple, whose types Numba tells much quicker."""
 
-    values: np.ndarray  # float32 [groups, tiles, rank, ROWS]
+    values: np.ndarray  # float32 [groups, strips, rank, HEIGHT]
     bias: np.ndarray  # [H_kv d], or empty
     norm: np.ndarray  # [d], or empty
-    table: np.ndarray  # of cosines and sines
+    table: np.ndarray  # of cosines and sines, int64: where it lies (ADDRESS), and numbers of a row (COLUMNS)
     heads: int  # of a group
     d: int
     eps: np.float32
@@ -50,17 +54,19 @@ class Packed(NamedTuple):
 
 
 def pack(values: np.ndarray, groups: int) -> np.ndarray:
-    """A factor [H_kv d, r] as float32 [groups, tiles, r filled up, ROWS]."""
+    """A factor [H_kv d, r] as float32 [groups, strips, r filled up, HEIGHT]."""
     rows, rank = len(values) // groups, values.shape[1]
-    whole = np.zeros((groups, -(-rows // ROWS) * ROWS, -(-rank // UNIT) * UNIT), np.float32)
+    whole = np.zeros((groups, -(-rows // HEIGHT) * HEIGHT, -(-rank // UNIT) * UNIT), np.float32)
     whole[:, :rows, :rank] = values.reshape(groups, rows, rank)
-    return np.ascontiguousarray(whole.reshape(groups, -1, ROWS, whole.shape[2]).swapaxes(2, 3))
+    if HAS_TILES:
+        return pack_strips(whole)
+    return np.ascontiguousarray(whole.reshape(groups, -1, HEIGHT, whole.shape[2]).swapaxes(2, 3))
 
 
 def rebuild_scratch(factor: Packed) -> int:
     """Numbers that rebuild_tile needs."""
-    (_, tiles, rank, _), turns = factor.values.shape, factor.table.shape[1]
-    return (rank + tiles * ROWS + turns) * TILE + LANES * max(rank, turns)
+    (_, strips, rank, _), turns = factor.values.shape, int(factor.table[COLUMNS])
+    return (rank + strips * HEIGHT + turns) * TILE + LANES * max(rank, turns)
 
 
 @intrinsic
@@ -117,24 +123,42 @@ def _latent_panels(cache, seq, group, first, width, panels, rows):  # type: igno
     bits, blocks = cache[BITS], cache[BLOCKS]
     rank = UNIT * blocks
     room = rows[: LANES * rank].reshape(LANES, rank)
-    for i in range(0, (width + WIDTH - 1) // WIDTH * WIDTH, LANES):
+    for i in range(0, (width + PANEL - 1) // PANEL * PANEL, LANES):
         count = max(1, min(LANES, width - i))
         for r in range(count):
-            decode_latent(row_address(cache, seq, group, first + min(i + r, width - 1)), bits, blocks, address(room[r]))
-        transpose_rows(room, 0, count - 1, 0, rank, panels, i // WIDTH * WIDTH * rank + i % WIDTH, WIDTH, _LANES)
+            row = address(room[r])
+            decode_latent(row_address(cache, seq, group, first + min(i + r, width - 1)), bits, blocks, row)
+            if HAS_TILES:
+                split_row(row, rank)
+        transpose_rows(room, 0, count - 1, 0, rank, panels, i // PANEL * PANEL * rank + i % PANEL, PANEL, _LANES)
 
 
 @kernel
 def _turns_of_tokens(cache, seq, group, first, width, table, turns, rows):  # type: ignore[no-untyped-def]
     """Cosines and sines of the tokens in `width` slots from `first` on, [2 pairs and padding, TILE]."""
-    columns = table.shape[1]
+    columns = table[COLUMNS]
     room = rows[: LANES * columns].reshape(LANES, columns)
     for i in range(0, width, LANES):
         count = min(LANES, width - i)
         for r in range(count):
             position = int_at(row_address(cache, seq, group, first + i + r) + cache[POSITION])
-            copy_floats(address(room[r]), address(table) + 4 * columns * position, columns)
+            copy_floats(address(room[r]), table[ADDRESS] + 4 * columns * position, columns)
         transpose_rows(room, 0, count - 1, 0, columns, turns, i, TILE, _LANES)
+
+
+@kernel
+def multiply_panels(values, group, panels, width, keys):  # type: ignore[no-untyped-def]
+    """keys [rows of the group and padding, TILE], 1-D = a group's part of a packed factor times panels of latents."""
+    _, strips, rank, height = values.shape
+    begin = group * strips * rank * height
+    if HAS_TILES:
+        multiply_strips(address(values) + 4 * begin, strips, address(panels), rank, address(keys), 4 * TILE)
+        return
+    flat = values.reshape(values.size)
+    for p in range(0, width, WIDTH):
+        for s in range(strips):
+            a, to = begin + s * rank * ROWS, s * ROWS * TILE + p
+            multiply_tile(flat, a, ROWS, panels, p * rank, WIDTH, rank, keys, to, TILE, False, _ROWS, _VECTORS)
 
 
 @kernel
@@ -144,21 +168,16 @@ def rebuild_tile(cache, seq, group, first, width, factor, scratch):  # type: ign
 
     factor: Packed. scratch: rebuild_scratch(...) numbers, at a cache line.
     """
-    (_, tiles, rank, _), table = factor.values.shape, factor.table
+    (_, strips, rank, _), columns = factor.values.shape, factor.table[COLUMNS]
     panels, used = scratch[: rank * TILE], rank * TILE
-    keys = scratch[used : used + tiles * ROWS * TILE]
-    used += tiles * ROWS * TILE
-    turns = scratch[used : used + table.shape[1] * TILE]
-    rows = scratch[used + table.shape[1] * TILE :]
+    keys = scratch[used : used + strips * HEIGHT * TILE]
+    used += strips * HEIGHT * TILE
+    turns = scratch[used : used + columns * TILE]
+    rows = scratch[used + columns * TILE :]
     _latent_panels(cache, seq, group, first, width, panels, rows)
-    values = factor.values.reshape(factor.values.size)
-    begin = group * tiles * rank * ROWS
-    for p in range(0, width, WIDTH):
-        for t in range(tiles):
-            a, to = begin + t * rank * ROWS, t * ROWS * TILE + p
-            multiply_tile(values, a, ROWS, panels, p * rank, WIDTH, rank, keys, to, TILE, False, _ROWS, _VECTORS)
+    multiply_panels(factor.values, group, panels, width, keys)
     if factor.pairs > 0:
-        _turns_of_tokens(cache, seq, group, first, width, table, turns, rows)
+        _turns_of_tokens(cache, seq, group, first, width, factor.table, turns, rows)
     return keys, turns
 
 

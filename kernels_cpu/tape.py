@@ -21,6 +21,8 @@ from . import (
     eviction,
     gathered,
     kernels,
+    latent_attention,
+    latent_cache,
     merging,
     probabilities,
     rotation,
@@ -47,7 +49,7 @@ def _prepare(typingctx: Any, function: Any, args: Any, place: Any) -> Any:
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, values: Any) -> Any:
         items = [
-            without_owner(context, b, kind, item) if isinstance(kind, types.Array) else item
+            _without_owners(context, b, kind, item)
             for kind, item in zip(args.types, cgutils.unpack_tuple(b, values[1]), strict=True)
         ]
         stored = cgutils.pack_struct(b, items)
@@ -68,6 +70,16 @@ def _prepare(typingctx: Any, function: Any, args: Any, place: Any) -> Any:
         return b.ptrtoint(code, I64)
 
     return types.int64(function, args, types.int64), codegen
+
+
+def _without_owners(context: Any, b: ir.IRBuilder, kind: Any, item: Any) -> Any:
+    """The same item; references to it, or to what a tuple holds, are not counted if it is an array."""
+    if isinstance(kind, types.Array):
+        return without_owner(context, b, kind, item)
+    if isinstance(kind, types.BaseTuple):
+        parts = zip(kind.types, cgutils.unpack_tuple(b, item), strict=True)
+        return context.make_tuple(b, kind, [_without_owners(context, b, *part) for part in parts])
+    return item
 
 
 @intrinsic
@@ -136,6 +148,31 @@ def _append(place, *args):  # type: ignore[no-untyped-def]
 @kernel
 def _attend(place, *args):  # type: ignore[no-untyped-def]
     return _prepare(attention.attend, args, place)
+
+
+@kernel
+def _finish_heads(place, *args):  # type: ignore[no-untyped-def]
+    return _prepare(kernels.finish_heads, args, place)
+
+
+@kernel
+def _with_positions(place, *args):  # type: ignore[no-untyped-def]
+    return _prepare(latent_cache.with_positions, args, place)
+
+
+@kernel
+def _append_latents(place, *args):  # type: ignore[no-untyped-def]
+    return _prepare(latent_cache.append, args, place)
+
+
+@kernel
+def _overwrite_latents(place, *args):  # type: ignore[no-untyped-def]
+    return _prepare(latent_cache.overwrite, args, place)
+
+
+@kernel
+def _attend_latents(place, *args):  # type: ignore[no-untyped-def]
+    return _prepare(latent_attention.attend, args, place)
 
 
 @kernel
@@ -208,6 +245,11 @@ _PREPARE = {
     kernels.gated_products: _gated_products,
     attention.append: _append,
     attention.attend: _attend,
+    kernels.finish_heads: _finish_heads,
+    latent_cache.with_positions: _with_positions,
+    latent_cache.append: _append_latents,
+    latent_cache.overwrite: _overwrite_latents,
+    latent_attention.attend: _attend_latents,
     rotation.rotate_rows: _rotate_rows,
     token_index.append_index: _append_index,
     sparse.approximate_top_k: _approximate_top_k,
@@ -230,6 +272,11 @@ class Tape:
         self.whole = True  # nothing was computed but by the calls on the tape
         self._held: list[Any] = []
         self._calls: list[tuple[int, int]] = []
+        self._tables: dict[Any, np.ndarray] = {}
+
+    def begin_with(self, table: Any, pos: np.ndarray) -> None:
+        """Before the calls, table.cover_all(pos): of the positions of that time."""
+        self._tables[table] = pos
 
     def note(self, kernel: Any, args: tuple[Any, ...]) -> None:
         """A call kernel(*args), whose arrays must not be garbage before the tape is."""
@@ -241,6 +288,8 @@ class Tape:
 
     def play(self) -> None:
         """Makes the calls again. RuntimeError if one fails; those after it are not made."""
+        for table, pos in self._tables.items():
+            table.cover_all(pos)
         failed = _play(self._table)
         if failed >= 0:
             raise RuntimeError(f"kernel call {failed} of {len(self._table)} failed")

@@ -6,9 +6,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from .ops import Ops
 
 BUFFER_BYTES = 1 << 30  # far more than caches hold ...
 MEMORY_SHARE = 8  # ... but at most one part in so many of the memory that is free
@@ -39,6 +42,11 @@ def read_bandwidth(threads: int, device: str = "cpu") -> float:
             best = max(best, values.nbytes / (time.perf_counter() - begun))
             passes += 1
     return best
+
+
+def memory_bandwidth(ops: Ops, threads: int) -> float:
+    """Of the memory that holds the weights: a card's own, or this machine's, read by so many threads."""
+    return ops.bandwidth() or read_bandwidth(threads, ops.name)
 
 
 def available_memory() -> int:

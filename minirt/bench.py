@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from .bandwidth import available_memory, read_bandwidth
+from .bandwidth import available_memory, memory_bandwidth, read_bandwidth
 from .cache import Cache
 from .config import ModelConfig
 from .decoder import Decoder
@@ -37,7 +37,10 @@ from .session import PREFILL_CHUNK, Progress, prompt_chunks
 from .stores import get_stores, store_names, stores_text
 from .version import __version__
 
-__all__ = ["Result", "Workload", "all_workloads", "by_weights", "check_room", "measure", "read_bandwidth", "record"]
+__all__ = [
+    "Result", "Workload", "all_workloads", "by_weights", "check_room", "measure", "memory_bandwidth", "read_bandwidth",
+    "record",
+]  # fmt: skip
 
 SEED = 0  # of the token ids
 _BACKENDS = {"cpu": "CPU", "gpu": "CUDA"}
@@ -251,7 +254,7 @@ def record(
         "build_commit": __version__,
         "build_number": 0,
         "cpu_info": cpu_name(),
-        "gpu_info": "",
+        "gpu_info": ops.device_name,
         "backends": _BACKENDS.get(ops.name, ops.name),
         "model_filename": str(file.path),
         "model_type": model_type(file, llama.config),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -13,14 +14,22 @@ DEVICES = ("auto", "cpu", "gpu", "reference")
 
 
 def open_ops(device: str, threads: int | None) -> Ops:
-    """The Ops of a device: auto is the CPU. Raises UsageError on an unknown name or an impossible thread count."""
+    """The Ops of a device: auto is a card if there is one and CuPy is installed, else the CPU.
+
+    Raises UsageError on an unknown name or an impossible thread count, ModelError if a card was asked for in vain.
+    """
     if device not in DEVICES:
         raise UsageError(f"unknown device '{device}' (one of: {', '.join(DEVICES)})")
     if device == "gpu":
-        raise ModelError("--device gpu: this version computes on the CPU only; use --device cpu")
+        return _card()
     n_cpu = usable_cpus()
     if threads is not None and not 1 <= threads <= n_cpu:
         raise UsageError(f"--threads {threads} is out of range (1 to {n_cpu}, the CPUs this process may use)")
+    if device == "auto" and has_cupy():
+        try:
+            return _card()
+        except ModelError:
+            pass
     if device == "reference":
         from .reference import ReferenceOps
 
@@ -30,6 +39,17 @@ def open_ops(device: str, threads: int | None) -> Ops:
     if not may_compile():
         raise UsageError("NUMBA_DISABLE_JIT is set, and the CPU kernels must be compiled; or use --device reference")
     return CpuOps(threads or physical_cores())
+
+
+def has_cupy() -> bool:
+    """Whether it is installed; importing it to find out takes half a second."""
+    return importlib.util.find_spec("cupy") is not None
+
+
+def _card() -> Ops:
+    from kernels_gpu import open_card
+
+    return open_card()
 
 
 def compilations() -> tuple[int, int]:

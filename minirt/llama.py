@@ -21,7 +21,9 @@ from .config import ModelConfig
 from .decoder import Decoder
 from .devices import open_ops
 from .errors import ModelError, UsageError
+from .fit import check_fit
 from .gguf_file import GGUFFile
+from .ops import Ops
 from .policies import Policy, parse_policy
 from .policies.base import BoundedPolicy
 from .sampling import Sampling
@@ -74,7 +76,7 @@ class Llama:
         policy: which cached tokens are kept and read: a policy, or its text ("sparq:r=16:k=128"; see minirt.policies).
         kv: how the cache lies in memory, "f16", "q8_0", or keys/values: "q8_0/q4_0" (see minirt.stores); "auto" is f16,
         or for a file made by `minirt palu` what that says.
-        device: auto, cpu or reference. threads: None = physical cores.
+        device: auto (a card, if there is one and all fits), cpu, gpu or reference. threads: None = physical cores.
         chat_template: a Jinja file or text instead of the file's own. progress: called with (tensors done, in all).
         Raises ModelError if the file is not usable, UsageError if an argument is not.
         """
@@ -87,6 +89,7 @@ class Llama:
             raise UsageError(f"--ctx {n_ctx} is out of range ({MIN_CONTEXT} to {MAX_CONTEXT})")
         stores = get_stores(kv, config.palu)
         plan = _checked_plan(chosen, config, n_ctx, *stores)
+        ops = _fitting_ops(ops, device, threads, file, config, chosen, n_ctx, stores)
         tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
         if tokenizer.n_vocab != config.n_vocab:
             raise ModelError(f"{file.path}: {tokenizer.n_vocab} tokens, but embeddings for {config.n_vocab}")
@@ -373,6 +376,26 @@ def _checked_plan(policy: Policy, config: ModelConfig, n_ctx: int, k_store: Stor
     plan = policy.plan(config, n_ctx, k_store, v_store)
     check_memory(f"--ctx {n_ctx}", plan.nbytes(config))
     return plan
+
+
+def _fitting_ops(
+    ops: Ops,
+    device: str,
+    threads: int | None,
+    file: GGUFFile,
+    config: ModelConfig,
+    policy: Policy,
+    n_ctx: int,
+    stores: tuple[Store, Store],
+) -> Ops:
+    """The ops, or those of the CPU if a card that nobody asked for is too small."""
+    try:
+        check_fit(ops, file, config, policy, n_ctx, *stores)
+    except UsageError:
+        if device != "auto":
+            raise
+        return open_ops("cpu", threads)
+    return ops
 
 
 def check_memory(what: str, nbytes: int) -> None:

@@ -80,6 +80,16 @@ class MergeRule(NamedTuple):
 class Ops(Protocol):
     name: str
 
+    @property
+    def device_name(self) -> str:
+        """What the device calls itself; empty of the CPU."""
+
+    def memory(self) -> tuple[int, int] | None:
+        """Bytes of the device's own memory: what is free, and all. None if it computes in the host's."""
+
+    def bandwidth(self) -> float | None:
+        """Bytes that the device's own memory moves per second, measured; None if that is the host's."""
+
     # -- weights and arrays --------------------------------------------------------------------------------------------
     def vector(self, values: np.ndarray) -> Array:
         """Brings a float32 vector (norm weight, bias) to the device."""

@@ -39,9 +39,9 @@ class Compiled:
 
 
 class Nvrtc:
-    """A library of NVRTC and the headers that belong to it."""
+    """A library of NVRTC, and the headers that belong to it if they are there."""
 
-    def __init__(self, library: Path, headers: Path) -> None:
+    def __init__(self, library: Path, headers: Path | None) -> None:
         self.library, self.headers = ctypes.CDLL(str(library)), headers
         count = ctypes.c_int()
         self._call("GetNumSupportedArchs", ctypes.byref(count))
@@ -58,7 +58,8 @@ class Nvrtc:
         try:
             for name in name_expressions:
                 self._call("AddNameExpression", program, name.encode())
-            flags = [f"-arch=sm_{arch}", "-std=c++17", f"-I{self.headers}", "--ptxas-options=-v", *options]
+            own = [f"-I{self.headers}"] if self.headers else []
+            flags = [f"-arch=sm_{arch}", "-std=c++17", *own, "--ptxas-options=-v", *options]
             argv = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
             failed = self.library.nvrtcCompileProgram(program, len(flags), argv)
             log = self._bytes("ProgramLog", program).decode()
@@ -96,13 +97,13 @@ def installed() -> tuple[Nvrtc, ...]:
         for library in sorted(Path(site).glob("nvidia/*/lib/libnvrtc.so.*"), reverse=True):
             own = library.parents[1] / "include"
             headers = [h for h in (own, library.parents[2] / "cuda_runtime/include") if (h / "cuda_fp16.h").exists()]
-            found += [Nvrtc(library, h) for h in headers[:1]]
+            found.append(Nvrtc(library, headers[0] if headers else None))
     return tuple(found)
 
 
-def nvrtc_for(arch: int) -> Nvrtc | None:
-    """One that can compile for this compute capability, if it is installed."""
-    return next((n for n in installed() if arch in n.archs), None)
+def nvrtc_for(arch: int, headers: bool = False) -> Nvrtc | None:
+    """One that can compile for this compute capability, and has CUDA's headers if they are wanted; if it is there."""
+    return next((n for n in installed() if arch in n.archs and (n.headers or not headers)), None)
 
 
 def resources(log: str) -> dict[str, Resources]:

@@ -16,7 +16,7 @@ import pytest
 from conftest import quiet_env
 
 from kernels_cpu.compiled import kernel
-from kernels_cpu.crew import ALONE, AWAKE, SECONDS_ALONE, Crew, share
+from kernels_cpu.crew import ALONE, AWAKE, SECONDS_ALONE, Crew, _Bell, _work, share
 
 
 @kernel
@@ -49,6 +49,31 @@ def raise_at(crew, n, bad, done):  # type: ignore[no-untyped-def]
 
 def workers() -> int:
     return sum(thread.name == "minirt" for thread in threading.enumerate())
+
+
+def test_who_is_about_to_sleep_when_a_call_comes_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller saw it awake, and rings no bell; between the two lies Python's lock, which a worker may wait for."""
+    crew, looked = Crew(1), 0
+    bell = _Bell()
+    crew._bells.append(bell)
+
+    def look(*_: object) -> None:
+        nonlocal looked
+        looked += 1
+        if looked == 1:
+            crew.call()
+        else:
+            bell.dismissed = True
+            bell.rung.release()
+
+    monkeypatch.setattr("kernels_cpu.crew._serve_until_idle", look)
+    worker = threading.Thread(target=_work, args=(crew.state, bell, 1, 1), daemon=True)
+    worker.start()
+    worker.join(10)
+    asleep = worker.is_alive()
+    bell.dismissed = True
+    bell.rung.release()
+    assert (asleep, looked) == (False, 2)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])

@@ -12,6 +12,7 @@ from test_ops import assert_close, normal
 from test_policies import OPS, POLICY_TABLE, Run, cut, distance, random_qkv
 
 from kernels_cpu import CpuOps
+from kernels_cpu.tile_registers import HAS_TILES
 from minirt.cache import allocate_cache
 from minirt.config import PaluConfig
 from minirt.ops import KV
@@ -23,6 +24,7 @@ from minirt.stores import LATENT_BITS, LatentStore, get_stores
 
 NAMES = list(LATENT_BITS)
 TRUTH = ReferenceOps()
+REBUILT = 3e-5 if HAS_TILES else 1e-5  # scores are large here: keys are exact to 2^-18, or to 2^-24
 
 
 class Shape(NamedTuple):
@@ -180,7 +182,7 @@ def test_attention(s: Shape, name: str) -> None:
             ]
             found.append([*outs, weights, shared])
         for i, (ours, truth) in enumerate(zip(*found, strict=True)):
-            assert_close(ours, truth, 1e-5)
+            assert_close(ours, truth, REBUILT)
             assert i != 1 or not ours.any()  # of nothing
 
 
@@ -197,7 +199,7 @@ def test_prompts(s: Shape) -> None:
                 ops.add_column_sums(q, kv, 1, start, lse, sums)
             found.append((out, lse, sums, none))
         for ours, truth in zip(*found, strict=True):
-            assert_close(ours, truth, 1e-5)
+            assert_close(ours, truth, REBUILT)
 
 
 def test_results_do_not_depend_on_threads() -> None:
@@ -288,7 +290,7 @@ def test_a_full_budget_is_dense(full: str, device: str) -> None:
     for run in (ours, truth):
         run.outs = [run.prompt(cut(qkv, 0, prompt)), run.steps(cut(qkv, prompt, n))]  # type: ignore[attr-defined]
     for a, b in zip(ours.outs, truth.outs, strict=True):  # type: ignore[attr-defined]
-        assert distance(a, b) <= 2e-6
+        assert distance(a, b) <= REBUILT / 5
 
 
 @pytest.mark.parametrize("spec", BOUNDED)

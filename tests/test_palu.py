@@ -16,6 +16,7 @@ from minirt import Llama
 from minirt.config import ModelConfig
 from minirt.errors import ModelError, UsageError
 from minirt.gguf_file import GGUFFile
+from minirt.llama import bytes_per_token
 from minirt.stores import get_stores
 from minirt.weights import check_tensors
 
@@ -165,6 +166,18 @@ def test_refusals(cli: Cli, tiny: Path, low: Path) -> None:
     result = cli("run", low, "-p", "x", "--device", "reference", "--ctx", 1 << 25)
     assert result.exit_code == 2
     assert "--ctx 33554432 is out of range (up to 16777216 with --kv latent-q4)" in only_line(result.stderr)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_reads_the_factors_too(low: Path, device: str) -> None:
+    """Keys' may lie in memory as float32, filled up."""
+    with Llama.load(low, device=device) as llama:
+        factors = {name: t.data.nbytes for name, t in llama.file.tensors.items() if name.endswith("_b.weight")}
+        rest = sum(t.data.nbytes for name, t in llama.file.tensors.items() if name not in factors)  # tied
+        found = bytes_per_token(llama.decoder.weights) - rest
+    keys = sum(nbytes for name, nbytes in factors.items() if "attn_k" in name)
+    assert len(factors) == 6
+    assert sum(factors.values()) <= found <= sum(factors.values()) + 1.2 * keys
 
 
 def test_commands(cli: Cli, low: Path, tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from make_model import make_model
 from minirt import Llama, ModelError, UsageError
 from minirt.palu import convert, ranks
 from minirt.palu import side_file as side_file_module
-from minirt.palu.calibration import own_text, reader
-from minirt.palu.conversion import share_ranks
+from minirt.palu.calibration import cut, input_moments, own_text, reader
+from minirt.palu.conversion import group_heads, share_ranks
 from minirt.palu.factors import LEAST, compose, factorise, spectrum
 from minirt.palu.hadamard import rotation
 from minirt.reference import rms_norm
@@ -116,8 +116,10 @@ def test_whitening_equals_the_svd_of_the_whitened_weight() -> None:
     theirs = (u[:, :32] * s[:32]) @ vt[:32] @ np.linalg.inv(root)
     a, b = factorise(weight.astype(np.float32), spectrum(weight.astype(np.float32), moment, 48), 32, False)
     assert np.abs(b @ a - theirs).max() < 1e-4 * np.abs(theirs).max()
-    assert np.linalg.norm(a @ root, axis=1) == pytest.approx(np.sqrt(s[:32]), rel=1e-3)
-    assert np.linalg.norm(b, axis=0) == pytest.approx(np.sqrt(s[:32]), rel=1e-3)
+    scale = np.maximum(s[:32], LEAST * s[:32].mean())
+    assert (scale == s[:32])[:8].all()
+    assert np.linalg.norm(a @ root, axis=1) == pytest.approx(s[:32] / np.sqrt(scale), rel=1e-3)
+    assert np.linalg.norm(b, axis=0) == pytest.approx(np.sqrt(scale), rel=1e-3)
 
 
 @pytest.mark.parametrize("moment", [None, "few tokens", "nothing"])
@@ -132,6 +134,16 @@ def test_all_ranks_give_the_weight_back(moment: str | None, scale: float) -> Non
         assert np.isfinite(a).all()
         assert np.isfinite(b).all()
         assert np.abs(compose(a, b, 2) - weight).max() < 1e-5 / LEAST**0.5 * scale + 1e-30
+
+
+def test_inputs_that_the_text_had_not_fit_into_four_bits(models: dict[str, Path], tmp_path: Path) -> None:
+    """The text spans a few of 96 directions, and all is kept: what is lost is what four bits lose."""
+    convert(models["llama"], tmp_path / "q4.gguf", keep=1.0, calibration="to be or not to be, " * 40, latent="q4")
+    tokens = RNG(0).integers(0, 300, 40).tolist()
+    with Llama.load(models["llama"], kv="f32") as exact, Llama.load(tmp_path / "q4.gguf") as other:
+        assert other.session.cache.plan.k_store.name == "latent-q4"
+        truth = exact.logits(tokens)
+        assert np.linalg.norm(other.logits(tokens) - truth) < 0.3 * np.linalg.norm(truth)
 
 
 # -- Hadamard ----------------------------------------------------------------------------------------------------------
@@ -197,6 +209,7 @@ def test_ranks_by_rule() -> None:
     assert (ranks.uniform(half, 4, 128) == 64).all()
     assert (ranks.prior(half, 4, 128) == [32, 96]).all()
     assert (ranks.prior(ranks.total_rank(0.75, 4, 128), 4, 128) == [64, 128]).all()
+    assert (ranks.prior(ranks.total_rank(0.375, 4, 512), 4, 512) == [128, 256]).all()  # a quarter would be 96 for keys
     scores = np.array([[1, 3], [1, 3], [1, 7], [1, 7]])  # the last two want 149 of 128: shared by the others, 25.6 a 1
     assert ranks.by_scores(scores, half, 128).tolist() == [[32, 64], [32, 64], [32, 128], [32, 128]]
     gain = np.zeros((4, 2, 128))
@@ -377,6 +390,30 @@ def test_a_side_file_of_something_else_is_not_used(models: dict[str, Path], tmp_
     with pytest.warns(UserWarning, match="of another model or text"):
         convert(models["llama"], out, calibration=monkey["other.txt"], keep=0.75)
     assert out.read_bytes() == clean[1].read_bytes()
+
+
+def test_probes_of_another_rank_are_not_used(tmp_path: Path) -> None:
+    """Of 128, 0.5 and 0.6 cut to 64, and 0.75 to 96."""
+    steps: list[tuple[str, int]] = []
+    side = side_file_module.SideFile(tmp_path / "part", lambda label, done, total: steps.append((label, done)))
+    with Llama.load(small(tmp_path / "m.gguf", head_dim=64), kv="f32", n_ctx=64) as llama:
+        windows = cut(llama, None, 2)
+        grouping, moments = group_heads(llama.config, "all"), input_moments(llama, windows, side, "moments")
+        for keep, first in ((0.5, 0), (0.6, 2), (0.75, 0)):
+            steps.clear()
+            share_ranks("kl", llama, windows, moments, grouping, keep, side, "key")
+            assert steps[0] == ("probing the layers", first)
+
+
+@pytest.mark.parametrize(("name", "bos"), [("tiny_spm", 1), ("tiny", None)])
+def test_windows_begin_as_the_model_was_trained(name: str, bos: int | None, request: pytest.FixtureRequest) -> None:
+    text = b"A text of no great length, and its end. " * 100
+    with Llama.load(request.getfixturevalue(name), n_ctx=256) as llama:
+        tokens, plain = cut(llama, text, 2).tokens, llama.tokenizer.encode_bytes(text, add_bos=False)
+        assert tokens.shape[0] == 2
+        assert tokens[:, 0].tolist() == ([bos] * 2 if bos is not None else [plain[0], tokens[1, 0]])
+        assert tokens[0, 1:].tolist() == plain[1 : tokens.shape[1]]
+        assert llama.tokenizer.add_bos == (bos is not None)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

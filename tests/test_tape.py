@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from golden import MODELS, make_model
+from make_palu import make_palu
 from test_policies import POLICY_TABLE
 
 import minirt.cache
@@ -107,6 +108,30 @@ def test_of_other_models(
     assert np.array_equal(recorded, list(script(llama)))
 
 
+LATENT_POLICIES = [
+    "dense", "window:budget=16", "streaming:budget=16", "streaming:budget=16:positions=reindexed",
+    "lm-infinite:sinks=4:budget=16", "h2o:budget=16", "tova:budget=16",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", LATENT_POLICIES)
+def test_steps_from_latents(
+    policy: str, paths: dict[str, Path], tmp_path: Path, records: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every type; the table of cosines and sines grows while steps are played."""
+    for name, group, rank, kv in ((NAMES[0], 2, 96, "latent-f16/latent-q4"), (NAMES[4], 1, 32, "latent-q3")):
+        path = make_palu(paths[name], tmp_path / f"{name}.gguf", group, rank, rank)
+        records.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr("kernels_cpu.latent_ops.POSITIONS", 8)
+            recorded = list(script(load(path, policy=policy, kv=kv)))
+        assert records.count(False) == (3 if "lm-infinite" in policy else 0), "whose sinks have keys of their own"
+        assert len(records) < 30
+        with monkeypatch.context() as patch:
+            patch.setattr(CpuOps, "record", call_by_call)
+            assert np.array_equal(recorded, list(script(load(path, policy=policy, kv=kv))))
+
+
 def test_heads_of_no_whole_vectors_are_not_recorded(tmp_path: Path, records: list[bool]) -> None:
     shape: dict[str, Any] = {"n_embd": 80, "n_head": 4, "n_head_kv": 2, "head_dim": 20, "n_ff": 96, "n_vocab": 320}
     shape |= {"n_layer": 2, "n_ctx": 512}
@@ -117,14 +142,21 @@ def test_heads_of_no_whole_vectors_are_not_recorded(tmp_path: Path, records: lis
     assert not any(records)
 
 
+@pytest.mark.parametrize("latents", [False, True])
 @pytest.mark.parametrize(
     "policy", ["dense", "sparq:r=4:k=12", "streaming:budget=16:positions=reindexed", "d2o:budget=16"]
 )
 def test_several_sequences_together(
-    policy: str, paths: dict[str, Path], records: list[bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decoder = load(paths[NAMES[0]], policy=policy).decoder
-    plan = decoder.policy.plan(decoder.config, N_CTX, *get_stores("f16"))
+    policy: str, latents: bool, paths: dict[str, Path], tmp_path: Path, records: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    path = paths[NAMES[0]]
+    if latents:
+        if policy.partition(":")[0] in ("sparq", "d2o"):
+            pytest.skip("needs keys and values as they are")
+        path = make_palu(path, tmp_path / "palu.gguf", 1, 32, 64)
+    decoder = load(path, policy=policy).decoder
+    plan = decoder.policy.plan(decoder.config, N_CTX, *get_stores("auto", decoder.config.palu))
     tokens = np.random.default_rng(0).integers(0, decoder.config.n_vocab, (3, 60))
 
     def steps() -> Iterator[np.ndarray]:

@@ -172,7 +172,7 @@ def bench(
     GB/s: the weights and the cache that text generation had to read. The last column is its share of what the same
     threads read from memory, measured just before; it can exceed 100 % if a model fits the processor's caches.
     """
-    from ..bench import all_workloads, by_weights, check_room, measure, read_bandwidth, record
+    from ..bench import all_workloads, by_weights, check_room, measure, memory_bandwidth, record
     from ..devices import physical_cores
     from ..llama import MIN_CONTEXT, default_model_path
     from ..policies import parse_policy
@@ -198,7 +198,7 @@ def bench(
                     for policy in chosen:
                         llama.warm_up(policy)
                 with Progress("measuring memory bandwidth"):
-                    limit = read_bandwidth(n_threads, llama.decoder.ops.name)
+                    limit = memory_bandwidth(llama.decoder.ops, n_threads)
                 for policy, kv, workload in itertools.product(chosen, kvs, workloads):
                     with Progress(f"measuring {workload}, {policy}", " tokens") as progress:
                         result = measure(

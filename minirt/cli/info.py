@@ -32,9 +32,10 @@ Examples:
 @click.option(
     "--ctx", "-c", "n_ctx", type=click.IntRange(1, MAX_CONTEXT), metavar="N", help="A context to tell the memory of."
 )
+@click.option("--device", is_flag=True, help="Tell of the card that --device gpu would use, and what fits it.")
 @click.option("--show-template", is_flag=True, help="Print the chat template and nothing else.")
 @json_option
-def info(model: str | None, n_ctx: int | None, show_template: bool, as_json: bool) -> None:
+def info(model: str | None, n_ctx: int | None, device: bool, show_template: bool, as_json: bool) -> None:
     """Shows what is in a model file, and the memory it needs.
 
     Hyper-parameters, tensor types, tokenizer, chat template, the KV cache at several context lengths, and what each KV
@@ -56,6 +57,8 @@ def info(model: str | None, n_ctx: int | None, show_template: bool, as_json: boo
             config = ModelConfig.from_gguf(file)
             check_tensors(file, config)
         facts = _facts(file, config, Tokenizer.from_metadata(file.metadata, str(file.path)), n_ctx)
+        if device:
+            facts["device"] = _device(config, facts["weight_bytes"])
     if as_json:
         click.echo(json.dumps(facts, indent=1))
     else:
@@ -129,6 +132,32 @@ def _policies(config: ModelConfig, n_ctx: int) -> list[dict[str, Any]]:
     return found
 
 
+def _device(config: ModelConfig | None, weights: int) -> dict[str, Any]:
+    """The card, and how many tokens of a dense cache fit beside the weights, by store. ModelError without a card."""
+    from kernels_gpu import open_card
+
+    from ..fit import RESERVE, largest_context
+    from ..policies import Dense
+    from ..stores import STORES
+
+    card = open_card().device
+    free, total = card.memory
+    contexts = {}
+    for name, store in STORES.items():
+        if config and config.palu is None and not name.endswith("-plain") and config.head_dim % store.length == 0:
+            room = free - RESERVE - weights
+            contexts[name] = largest_context(config, Dense(), config.n_ctx_train, store, store, room)
+    return {
+        "name": card.name,
+        "compute_capability": ".".join(map(str, card.capability)),
+        "multiprocessors": card.multiprocessors,
+        "cuda_of_driver": card.driver,
+        "memory_bytes": total,
+        "free_bytes": free,
+        "fitting_contexts": contexts,
+    }
+
+
 def _template(file: GGUFFile) -> str | None:
     return file.get_str("tokenizer.chat_template", None)
 
@@ -179,7 +208,22 @@ def _text(facts: dict[str, Any]) -> str:
         lines.append(f"  --policy    {'held':>12}{'read per token':>18}")
         for row in facts["policies"]:
             lines.append(f"  {row['policy']:12}{_size(row['bytes_held']):>12}{_size(row['bytes_read']):>18}")
+    if "device" in facts:
+        lines += ["", *_device_lines(facts["device"])]
     return "\n".join(lines)
+
+
+def _device_lines(card: dict[str, Any]) -> list[str]:
+    lines = [
+        f"{card['name']}, --device gpu",
+        f"  capability       {card['compute_capability']}, {card['multiprocessors']} multiprocessors",
+        f"  driver           for CUDA {card['cuda_of_driver']}",
+        f"  memory           {_size(card['free_bytes'])} free of {_size(card['memory_bytes'])}",
+    ]
+    for kv, tokens in card["fitting_contexts"].items():
+        fits = f"--ctx {tokens} beside the weights" if tokens else "nothing beside the weights"
+        lines.append(f"  --kv {kv:12}{fits}")
+    return lines
 
 
 def _palu_lines(model: dict[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from .hadamard import rotation
 
-LEAST = 1e-4  # of the largest singular value: smaller ones scale the factors no more, or A would grow without limit
+LEAST = 0.5  # of the mean singular value: smaller ones scale the factors no more
 
 
 class Spectrum(NamedTuple):
@@ -36,12 +36,16 @@ def factorise(weight: np.ndarray, found: Spectrum, rank: int, rotated: bool) -> 
 
     A = S^-1/2 U_r^T W and B = U_r S^1/2, S the singular values, as in Palu's code: what A gives and what B expects are
     equally large then. rotated: A <- H A and B <- B H^T with an orthonormal Hadamard matrix, which changes no product.
+
+    A row of A grows as its singular value shrinks, which is 0 where the calibration text had no inputs: the first such
+    input would be a latent so large that the others of its row vanish in a few bits. So each counts as LEAST of their
+    mean. In trade, errors of all latents alike become 1 + LEAST times as much error of the outputs, squared, at most.
     """
     n_groups, width, _ = found.vectors.shape
     w = weight.reshape(n_groups, width, -1).astype(np.float64)
     u = found.vectors[:, :, :rank]
     scale = np.sqrt(found.energies[:, :rank])
-    scale = np.maximum(scale, LEAST * scale[:, :1])
+    scale = np.maximum(scale, LEAST * scale.mean(axis=1, keepdims=True))
     root = np.sqrt(np.where(scale > 0, scale, 1.0))[:, None]
     a, b = u.swapaxes(1, 2) @ w / root.swapaxes(1, 2), u * root
     if rotated:

@@ -28,7 +28,13 @@ if TYPE_CHECKING:
 
 
 class ReferenceOps(AttentionOps, EvictionOps, SparseOps):
-    name = "reference"
+    name, device_name = "reference", ""
+
+    def memory(self) -> None:
+        return None
+
+    def bandwidth(self) -> None:
+        return None
 
     def vector(self, values: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(values, np.float32)

@@ -1,0 +1,175 @@
+"""What the launchers of all ops share: scratch, host numbers on the device, and steps that are recorded."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from minirt.ops import Array as DeviceArray
+from minirt.ops import Ops
+from minirt.stores import Store
+
+from .device import Array, Device
+from .rows import Rows, allocate_rows
+
+COPY_BYTES, COPIES = 1 << 30, 12
+MEMO = 64  # small index arrays that stay on the device
+
+
+class BaseOps:
+    name = "gpu"
+
+    def __init__(self, device: Device):
+        self.device = device
+        self._scratch: dict[str, Array] = {}
+        self._memo: dict[tuple[bytes, tuple[int, ...]], Array] = {}
+        self._recording: _Recording | None = None
+        self._recorded_before = False
+
+    @property
+    def device_name(self) -> str:
+        return self.device.name
+
+    def memory(self) -> tuple[int, int]:
+        return self.device.memory
+
+    def bandwidth(self) -> float:
+        """By copies of an array that no cache holds, read and written; the best of a few."""
+        n, best = max(1, min(COPY_BYTES, self.device.memory[0] // 4)), 0.0
+        source, target = (self.device.zeros((n,), np.uint8) for _ in range(2))
+        for _ in range(COPIES):
+            self.device.synchronize()
+            begun = time.perf_counter()
+            target[...] = source
+            self.device.synchronize()
+            best = max(best, 2 * n / (time.perf_counter() - begun))
+        return best
+
+    # -- arrays --------------------------------------------------------------------------------------------------------
+    def vector(self, values: np.ndarray) -> Array:
+        return self.device.upload(np.ascontiguousarray(values, np.float32))
+
+    def to_host(self, array: Array) -> np.ndarray:
+        return self.device.download(array)
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Array:
+        return self.device.zeros(shape, dtype)
+
+    def indices(self, values: np.ndarray) -> Array:
+        return self.device.upload(np.ascontiguousarray(values, np.int32))
+
+    def concatenate(self, parts: list[Array]) -> Array:
+        return self.device.concatenate(list(parts))
+
+    def allocate(self, store: Store, shape: tuple[int, int, int, int], factor: Any = None) -> Rows:
+        return allocate_rows(self.device, store, shape)
+
+    # -- launches ------------------------------------------------------------------------------------------------------
+    def _launch(
+        self,
+        file: str,
+        name: str,
+        grid: int | tuple[int, ...],
+        block: int | tuple[int, ...],
+        *args: Any,
+        shared: int = 0,
+        **constants: int | str,
+    ) -> None:
+        """Runs a kernel of a file compiled with these constants. Python's integers go as int32, its floats as float32;
+        None is a null pointer. An empty grid is nothing to do."""
+        grid, block = (three if isinstance(three, tuple) else (three,) for three in (grid, block))
+        if 0 in grid:
+            return
+        kernel = self.device.kernel(file, name, **constants)
+        kernel(_three(grid), _three(block), *map(_argument, args), shared=shared)
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: Any = np.float32) -> Array:
+        """Scratch of an op: the same memory at each call, unless more is asked for than before."""
+        size, key = math.prod(shape), f"{name} {np.dtype(dtype)}"
+        if key not in self._scratch or self._scratch[key].size < size:
+            self._scratch[key] = self.device.empty((size,), dtype)
+        if self._recording is not None:
+            self._recording.held.append(self._scratch[key])
+        return self._scratch[key][:size].reshape(shape)
+
+    def _counters(self, size: int) -> Array:
+        """int32 zeros for kernels that count the blocks that are done, and leave zeros."""
+        if "counters" not in self._scratch or self._scratch["counters"].size < size:
+            self._scratch["counters"] = self.device.zeros((size,), np.int32)
+        if self._recording is not None:
+            self._recording.held.append(self._scratch["counters"])
+        return self._scratch["counters"]
+
+    def _on_device(self, numbers: np.ndarray) -> Array:
+        """Host int32 numbers for a kernel to read. A recorded step has memory of its own for each such array, and reads
+        what the array holds when the step is made again."""
+        if self._recording is not None:
+            return self._recording.number(numbers)
+        key = numbers.tobytes(), numbers.shape
+        if key not in self._memo:
+            if len(self._memo) >= MEMO:
+                self._memo.pop(next(iter(self._memo)))
+            self._memo[key] = self.device.upload(np.ascontiguousarray(numbers, np.int32))
+        return self._memo[key]
+
+    def record(self, step: Callable[[Ops], DeviceArray]) -> tuple[DeviceArray, Callable[[], None] | None]:
+        """The first step runs as it is, so that kernels are compiled and scratch is there; the next one is recorded."""
+        if not self._recorded_before:
+            self._recorded_before = True
+            return step(self), None  # type: ignore[arg-type]
+        recording = self._recording = _Recording(self.device)
+        found: list[DeviceArray] = []
+        try:
+            run = self.device.capture(lambda: found.append(step(self)))  # type: ignore[arg-type]
+        finally:
+            self._recording = None
+        if run is None:
+            return step(self), None  # type: ignore[arg-type]
+        again = recording.player(run)
+        again()
+        return found[0], again
+
+
+class _Recording:
+    """Host arrays that the calls of a step were given, and their places on the device."""
+
+    def __init__(self, device: Device):
+        self.device = device
+        self.held: list[Any] = []  # scratch, which must live as long as the recorded launches
+        self.pairs: dict[int, tuple[np.ndarray, Array]] = {}
+
+    def number(self, numbers: np.ndarray) -> Array:
+        if id(numbers) not in self.pairs:
+            self.pairs[id(numbers)] = numbers, self.device.reserve(numbers.shape, np.int32)
+        return self.pairs[id(numbers)][1]
+
+    def player(self, run: Callable[[], None]) -> Callable[[], None]:
+        pairs, held, device = list(self.pairs.values()), self.held, self.device
+        last = [b""] * len(pairs)  # what lies there
+
+        def play() -> None:
+            assert held is not None
+            for i, (host, array) in enumerate(pairs):
+                if last[i] != (now := host.tobytes()):
+                    device.refresh(host, array)
+                    last[i] = now
+            run()
+
+        return play
+
+
+def _three(sizes: tuple[int, ...]) -> tuple[int, int, int]:
+    x, y, z = (*sizes, 1, 1)[:3]
+    return int(x), int(y), int(z)
+
+
+def _argument(value: Any) -> Any:
+    if value is None:
+        return np.uint64(0)
+    if isinstance(value, (bool, int)):
+        return np.int32(value)
+    return np.float32(value) if isinstance(value, float) else value

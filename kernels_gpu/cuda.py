@@ -1,0 +1,154 @@
+"""An NVIDIA card through CuPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from minirt.errors import ModelError
+
+from .device import STANDARD, Array, Kernel, source_of
+
+OLDEST = (6, 1)  # dp4a, the product of bytes
+
+
+class CudaDevice:
+    """The first card that CUDA shows."""
+
+    def __init__(self) -> None:
+        self._cupy = cupy = _cupy()
+        try:
+            if cupy.cuda.runtime.getDeviceCount() == 0:
+                raise ModelError("--device gpu: no NVIDIA card was found")
+            card = cupy.cuda.Device(0)
+            card.use()
+            properties = cupy.cuda.runtime.getDeviceProperties(0)
+        except cupy.cuda.runtime.CUDARuntimeError as e:
+            raise ModelError(f"--device gpu: {_meaning(e)}") from None
+        self.name = properties["name"].decode()
+        self.capability = properties["major"], properties["minor"]
+        self.multiprocessors = int(properties["multiProcessorCount"])
+        self.shared_memory = int(properties.get("sharedMemPerBlockOptin", STANDARD))
+        if self.capability < OLDEST:
+            raise ModelError(
+                f"--device gpu: {self.name} has compute capability {'.'.join(map(str, self.capability))}, "
+                f"minirt needs {'.'.join(map(str, OLDEST))} or newer"
+            )
+        # Work of its own stream: only there launches can be recorded.
+        self._stream = cupy.cuda.Stream(non_blocking=True)
+        self._stream.use()
+        self._modules: dict[tuple[Any, ...], Any] = {}
+        self._kernels: dict[tuple[Any, ...], Kernel] = {}
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """Bytes that are free, and of all."""
+        free, total = self._cupy.cuda.runtime.memGetInfo()
+        return int(free) + self._cupy.get_default_memory_pool().free_bytes(), int(total)
+
+    @property
+    def driver(self) -> str:
+        """The newest CUDA that the driver knows."""
+        return _version(self._cupy.cuda.runtime.driverGetVersion())
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        return self._allocated(self._cupy.empty, shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        return self._allocated(self._cupy.zeros, shape, dtype)
+
+    def upload(self, array: np.ndarray) -> Array:
+        return self._allocated(self._cupy.asarray, array)
+
+    def _allocated(self, make: Callable[..., Array], *args: Any) -> Array:
+        """make(*args). ModelError if the card has no room, after which all that was there still is."""
+        try:
+            return make(*args)
+        except self._cupy.cuda.memory.OutOfMemoryError:
+            free, total = (n / 2**30 for n in self.memory)
+            raise ModelError(
+                f"{self.name} is out of memory ({free:.2f} of {total:.2f} GiB free): a shorter prompt or --ctx, "
+                "--kv q8_0 or a --policy with a budget takes less"
+            ) from None
+
+    def download(self, array: Array) -> np.ndarray:
+        return self._cupy.asnumpy(array)  # type: ignore[no-any-return]
+
+    def view(self, array: Array, dtype: Any) -> Array:
+        return array.view(dtype)
+
+    def concatenate(self, arrays: list[Array]) -> Array:
+        return self._allocated(self._cupy.concatenate, arrays)
+
+    def kernel(self, file: str, name: str, **constants: int | str) -> Kernel:
+        key = file, name, *sorted(constants.items())
+        if key not in self._kernels:
+            self._kernels[key] = self._compiled(file, name, constants)
+        return self._kernels[key]
+
+    def _compiled(self, file: str, name: str, constants: dict[str, int | str]) -> Kernel:
+        key = file, *sorted(constants.items())
+        if key not in self._modules:
+            macros = (f"-D{macro}={value}" for macro, value in constants.items())
+            self._modules[key] = self._cupy.RawModule(
+                code=source_of(file), options=("-std=c++17", *macros), backend="nvrtc"
+            )
+        try:
+            function = self._modules[key].get_function(name)
+        except self._cupy.cuda.compiler.CompileException as e:
+            says = next((line for line in str(e).splitlines() if "error" in line), str(e))
+            capability = ".".join(map(str, self.capability))
+            raise ModelError(f"--device gpu: {file} does not compile for capability {capability}: {says}") from None
+
+        def launch(grid: tuple[int, ...], block: tuple[int, ...], *args: Any, shared: int = 0) -> None:
+            if shared > function.max_dynamic_shared_size_bytes:
+                function.max_dynamic_shared_size_bytes = shared
+            function(grid, block, args, shared_mem=shared)
+
+        return launch
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
+        try:
+            self._stream.begin_capture()
+            try:
+                run()
+            finally:
+                graph = self._stream.end_capture()
+        except self._cupy.cuda.runtime.CUDARuntimeError:
+            return None  # memory was asked for, which cannot be recorded
+
+        def launch() -> None:
+            graph.launch(self._stream)
+
+        return launch
+
+    def reserve(self, shape: tuple[int, ...], dtype: Any) -> Array:
+        return self.empty(shape, dtype)
+
+    def refresh(self, host: np.ndarray, array: Array) -> None:
+        array.set(host)
+
+    def synchronize(self) -> None:
+        self._stream.synchronize()
+
+
+def _cupy() -> Any:
+    try:
+        import cupy
+    except ImportError:
+        raise ModelError(
+            "--device gpu needs CuPy: pip install 'minirt[cuda13]', or 'minirt[cuda12]' for an older driver or card"
+        ) from None
+    return cupy
+
+
+def _meaning(error: Exception) -> str:
+    """What CUDA says, without its numbers."""
+    text = str(error).partition(": ")[2] or str(error)
+    return "the driver is too old for this CuPy, or there is none" if "insufficient" in text else text
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"

@@ -1,0 +1,196 @@
+// Causal attention of a prompt's chunk on tensor cores: halves, added up as floats. Heads of a multiple of 16 numbers.
+//
+// A block of 4 warps has 64 rows, a warp 16 of them: scores, weights and sums stay in its registers, as in
+// FlashAttention-2 (arXiv 2307.08691); keys and values pass through shared memory.
+#include "chunk.cuh"
+#include "mma.cuh"
+
+constexpr int WARPS = 4, THREADS = WARPS * WARP, ROWS = 16 * WARPS;
+constexpr int KEYS = D <= 128 ? 64 : 16;  // in shared memory at a time
+constexpr int PITCH = D + 8;              // halves from one key to the next: no two lanes of a load meet in a bank
+constexpr float LIFT = 10.0f;             // weights reach to 2^10: small ones are farther from where halves end
+
+// Eight numbers of a row as halves.
+template <int STORE>
+DEVICE uint4 as_halves(const Eight<STORE>& from) {
+    if constexpr (STORE == F16) return from.words;
+    else {
+        float x[8];
+        unpack(from, x);
+        const u32 low = two_halves(x[0], x[1]), next = two_halves(x[2], x[3]);
+        return make_uint4(low, next, two_halves(x[4], x[5]), two_halves(x[6], x[7]));
+    }
+}
+
+// Slots begin ... begin + KEYS - 1 as halves; those from `end` on are 0.
+template <int STORE>
+DEVICE void load_rows(const Rows& rows, i64 first, int begin, int end, u16* to) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < KEYS * (D / 8); i += THREADS) {
+        const int row = i / (D / 8), chunk = i % (D / 8);
+        uint4 x = make_uint4(0, 0, 0, 0);
+        if (begin + row < end) x = as_halves(fetch<STORE, D>(rows, first + begin + row, chunk));
+        *reinterpret_cast<uint4*>(to + row * PITCH + 8 * chunk) = x;
+    }
+}
+
+// Two b of multiply_tiles at once from rows in shared memory. Keys: 16 numbers of 16 keys, b[2 i], b[2 i + 1] of keys
+// 8 i ...; values: 16 keys of 16 numbers, b[2 i], b[2 i + 1] of numbers 8 i ...
+template <bool VALUES>
+DEVICE void load_tiles(const u16* rows, u32 (&b)[4]) {
+    const int lane = lane_id(), own = lane / 8;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
+    const int row = lane % 8 + 8 * (VALUES ? own % 2 : own / 2), column = 8 * (VALUES ? own / 2 : own % 2);
+    const u32 at = u32(__cvta_generic_to_shared(rows + row * PITCH + column));
+    if constexpr (VALUES)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at) : "memory");
+    else
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                     : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at) : "memory");
+#else
+    const int g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if constexpr (VALUES) {
+            const u16* from = rows + (8 * (i % 2) + 2 * t) * PITCH + 8 * (i / 2) + g;
+            b[i] = u32(from[0]) | u32(from[PITCH]) << 16;
+        } else {
+            b[i] = *reinterpret_cast<const u32*>(rows + (8 * (i / 2) + g) * PITCH + 8 * (i % 2) + 2 * t);
+        }
+    }
+#endif
+}
+
+// The 16 rows of a warp, of which a lane has `first` and first + 8.
+struct Tile {
+    u32 q[D / 16][4];
+    float factor[2];  // of products with q, to scores
+    float high[2], total[2], sum[D / 8][4];
+
+    // Queries as halves, the largest of a row below 2: their range is theirs alone.
+    DEVICE void begin(const float* from, const Chunk& chunk, int first) {
+        const int t = lane_id() % 4;
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int row = first + 8 * i;
+            const bool is = row < chunk.n * GROUP;
+            const float2* x = reinterpret_cast<const float2*>(from + chunk.query(is ? row : 0) * D) + t;
+            float most = 0.0f;
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) {
+                const float2 pair = x[4 * j];
+                most = fmaxf(most, fmaxf(fabsf(pair.x), fabsf(pair.y)));
+            }
+            most = max_over<4>(most);
+            const float power = most > 0.0f && most < INFINITE ? exp2f(floorf(log2f(most))) : 1.0f;
+            factor[i] = power * rsqrtf(float(D)) * LOG2_E;
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) {
+                const float2 pair = x[4 * j];
+                q[j / 2][j % 2 * 2 + i] = is ? two_halves(pair.x / power, pair.y / power) : 0;
+            }
+            high[i] = LOWEST, total[i] = 0.0f;
+        }
+#pragma unroll
+        for (int j = 0; j < D / 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) sum[j][i] = 0.0f;
+        }
+    }
+
+    // Takes up slots begin ... begin + KEYS - 1; hidden: some rows of the block do not see all of them.
+    DEVICE void take(const u16* keys, const u16* values, const Chunk& chunk, int first, int begin, bool hidden) {
+        float score[KEYS / 8][4];
+#pragma unroll
+        for (int j = 0; j < KEYS / 16; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) score[2 * j][i] = score[2 * j + 1][i] = 0.0f;
+#pragma unroll
+            for (int k = 0; k < D / 16; k++) {
+                u32 b[4];
+                load_tiles<false>(keys + 16 * j * PITCH + 16 * k, b);
+                multiply_tiles(score[2 * j], q[k], {b[0], b[1]});
+                multiply_tiles(score[2 * j + 1], q[k], {b[2], b[3]});
+            }
+        }
+        float highest[2] = {high[0], high[1]};
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                score[j][i] *= factor[i / 2];
+                const int slot = begin + 8 * j + 2 * (lane_id() % 4) + i % 2;
+                if (hidden && !chunk.sees(first + 8 * (i / 2), slot)) score[j][i] = -INFINITE;
+                highest[i / 2] = fmaxf(highest[i / 2], score[j][i]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            highest[i] = max_over<4>(highest[i]);
+            const float less = power_of_2(high[i] - highest[i]);
+            high[i] = highest[i], total[i] *= less;
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) sum[j][2 * i] *= less, sum[j][2 * i + 1] *= less;
+        }
+#pragma unroll
+        for (int j = 0; j < KEYS / 16; j++) {
+            u32 weights[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                const int tile = 2 * j + i / 2, row = i % 2;
+                const float a = power_of_2(score[tile][2 * row] - high[row] + LIFT);
+                const float b = power_of_2(score[tile][2 * row + 1] - high[row] + LIFT);
+                total[row] += a + b;
+                weights[i] = two_halves(a, b);
+            }
+#pragma unroll
+            for (int k = 0; k < D / 16; k++) {
+                u32 b[4];
+                load_tiles<true>(values + 16 * j * PITCH + 16 * k, b);
+                multiply_tiles(sum[2 * k], weights, {b[0], b[1]});
+                multiply_tiles(sum[2 * k + 1], weights, {b[2], b[3]});
+            }
+        }
+    }
+
+    DEVICE void end(const Chunk& chunk, int first, float* out, float* lse) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            const int row = first + 8 * i, t = lane_id() % 4;
+            total[i] = sum_over<4>(total[i]);
+            if (row >= chunk.n * GROUP) continue;
+            const i64 at = chunk.query(row);
+            const float part = total[i] == 0.0f ? 0.0f : 1.0f / total[i];
+            float2* to = reinterpret_cast<float2*>(out + at * D) + t;
+#pragma unroll
+            for (int j = 0; j < D / 8; j++) to[4 * j] = make_float2(sum[j][2 * i] * part, sum[j][2 * i + 1] * part);
+            if (lse && t == 0) lse[at] = logarithm(high[i] - LIFT, total[i]);
+        }
+    }
+};
+
+// Grid (rows / ROWS rounded up, H_kv).
+KERNEL __launch_bounds__(THREADS, 2) attend_chunk(
+    const float* q, u8* k_codes, u16* k_scales, i64 k_sequence, i64 k_head, u8* v_codes, u16* v_scales, i64 v_sequence,
+    i64 v_head, int seq, int n, int start, int window, int stop, float* out, float* lse
+) {
+    __shared__ __align__(16) u16 keys[KEYS * PITCH];
+    __shared__ __align__(16) u16 values[KEYS * PITCH];
+    const Rows k{k_codes, k_scales, k_sequence, k_head}, v{v_codes, v_scales, v_sequence, v_head};
+    const Chunk chunk{n, start, window, stop};
+    const int block = gridDim.x - 1 - blockIdx.x;  // those that see most come first
+    const int low = block * ROWS, high = min(low + ROWS, n * GROUP) - 1;
+    const int first = low + threadIdx.x / WARP * 16 + lane_id() / 4;
+    Tile tile;
+    tile.begin(q, chunk, first);
+    const int end = chunk.end(high);
+    for (int at = chunk.begin(low) / KEYS * KEYS; at < end; at += KEYS) {
+        __syncthreads();
+        load_rows<K_STORE>(k, k.row(seq, blockIdx.y, 0), at, end, keys);
+        load_rows<V_STORE>(v, v.row(seq, blockIdx.y, 0), at, end, values);
+        __syncthreads();
+        tile.take(keys, values, chunk, first, at, at < chunk.begin(high) || at + KEYS > chunk.end(low));
+    }
+    tile.end(chunk, first, out, lse);
+}

@@ -1,0 +1,152 @@
+"""A device on which the kernels of a card run on the CPU, slowly and checked: see cuda_host."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_host import HostDevice, missing_compiler
+
+from kernels_cpu import CpuOps
+from kernels_gpu.cuda import CudaDevice
+from kernels_gpu.device import source_of
+from minirt.errors import ModelError
+from minirt.ops import Far
+
+BUILT = Path(__file__).parents[1] / ".pytest_cache" / "d" / "cuda_host"  # kept from run to run, as pytest keeps it
+
+
+class EmulatedDevice:
+    """A `kernels_gpu.device.Device`. seed: of the order in which blocks and threads run."""
+
+    name, capability, multiprocessors, shared_memory = "emulated", (9, 0), 4, 99 << 10
+    memory, driver = (1 << 40, 1 << 40), "13.0"
+
+    def __init__(self, seed: int = 0):
+        self.host = HostDevice(BUILT, seed)
+        self._kernels: dict[Any, Any] = {}
+        self._noted: list[Callable[[], None]] | None = None  # launches, while they are captured
+        self.xp = self.host.xp
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return self.xp.empty(shape, dtype)
+
+    def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return self.xp.zeros(shape, dtype)
+
+    def upload(self, array: np.ndarray) -> Any:
+        return self.xp.asarray(array)
+
+    def download(self, array: Any) -> np.ndarray:
+        found: np.ndarray = self.xp.asnumpy(array)
+        return found
+
+    def view(self, array: Any, dtype: Any) -> Any:
+        return array.view(dtype)
+
+    def concatenate(self, arrays: list[Any]) -> Any:
+        return self.xp.concatenate(arrays)
+
+    def kernel(self, file: str, name: str, **constants: int | str) -> Any:
+        key = file, name, *sorted(constants.items())
+        if key not in self._kernels:
+            options = [f"-D{macro}={value}" for macro, value in constants.items()]
+            function = self.host.compile(source_of(file), options=options, name=file).get_function(name)
+
+            def launch(grid: Any, block: Any, *args: Any, shared: int = 0) -> None:
+                run = functools.partial(function, grid, block, args, shared_mem=shared)
+                if self._noted is None:
+                    run()
+                else:
+                    self._noted.append(run)
+
+            self._kernels[key] = launch
+        return self._kernels[key]
+
+    def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
+        noted: list[Callable[[], None]] = []
+        self._noted = noted
+        try:
+            run()
+        finally:
+            self._noted = None
+
+        def launch() -> None:
+            for each in noted:
+                each()
+
+        return launch
+
+    def reserve(self, shape: tuple[int, ...], dtype: Any) -> Any:
+        return self.empty(shape, dtype)
+
+    def refresh(self, host: np.ndarray, array: Any) -> None:
+        array.set(host)
+
+    def synchronize(self) -> None:
+        pass
+
+
+class FromHost:
+    """Ops of a card as tests of all devices call them: with NumPy arrays of float32, which are brought there and, since
+    an op may change them in place, back; results come back too, but for what a later op is meant to get."""
+
+    STAY = frozenset(("allocate", "zeros", "indices", "vector", "matrix", "table", "factor", "angles", "to_host"))
+
+    def __init__(self, ops: Any):
+        self.ops, self.name = ops, ops.name
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.ops, name)
+        return function if name in self.STAY or not callable(function) else functools.partial(self._call, function)
+
+    def _call(self, function: Any, *args: Any) -> Any:
+        device, moved = self.ops.device, []
+
+        def there(x: Any) -> Any:
+            if type(x) is np.ndarray and x.dtype == np.float32:
+                moved.append((x, device.upload(np.ascontiguousarray(x))))
+                return moved[-1][1]
+            return x._replace(q=there(x.q)) if isinstance(x, Far) else x
+
+        result = function(*map(there, args))
+        for host, array in moved:
+            host[...] = device.download(array)
+        if isinstance(result, tuple):
+            return tuple(map(device.download, result))
+        return None if result is None else device.download(result)
+
+
+def emulated_ops(seed: int = 0) -> Any:
+    """The ops of a card, emulated; the test is skipped where nothing can be built."""
+    if reason := missing_compiler():
+        pytest.skip(reason)
+    from kernels_gpu.ops import GpuOps
+
+    return FromHost(GpuOps(EmulatedDevice(seed)))
+
+
+@functools.cache
+def has_card() -> bool:
+    try:
+        CudaDevice()
+    except ModelError:
+        return False
+    return True
+
+
+def devices() -> list[str]:
+    """On which the ops are tested over all shapes; emulated cards are too slow for that."""
+    return ["cpu", "gpu"] if has_card() else ["cpu"]
+
+
+def device_ops(name: str) -> Any:
+    if name == "cpu":
+        return CpuOps(threads=2)
+    from kernels_gpu.ops import GpuOps
+
+    return FromHost(GpuOps(CudaDevice()))

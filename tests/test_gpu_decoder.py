@@ -1,0 +1,132 @@
+"""Whole models on an emulated card against the reference."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Cli
+from emulated import EmulatedDevice, emulated_ops
+from make_gguf import tiny_model
+
+import kernels_gpu
+from minirt import Llama
+from minirt.sampling import Sampling
+
+Load = Callable[..., Llama]
+HALVES = 4e-3  # of prompts, whose products are made of halves: by the last layer
+
+
+@pytest.fixture(scope="module")
+def device() -> Any:
+    return emulated_ops().ops
+
+
+@pytest.fixture
+def on_card(device: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Llama.load(...) on the emulated card."""
+
+    @contextmanager
+    def load(path: Path, **options: Any) -> Iterator[Llama]:
+        with monkeypatch.context() as m:
+            m.setattr("minirt.llama.open_ops", lambda *args: device)
+            llama = Llama.load(path, **options)
+        with llama:
+            yield llama
+
+    return load
+
+
+def far_from(ours: np.ndarray, truth: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - truth) / np.linalg.norm(truth))
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+def test_models(on_card: Any, tmp_path: Path, arch: str) -> None:
+    path = tiny_model(tmp_path / "model.gguf", arch=arch, tied=arch != "qwen2")
+    with on_card(path) as card, Llama.load(path, device="reference") as truth:
+        for session, other in ((card.session, truth.session),):
+            assert far_from(session.feed([5, 6, 7]), other.feed([5, 6, 7])) < 1e-3
+            for token in (9, 8, 7):
+                assert far_from(session.step(token), other.step(token)) < 1e-3
+            longer = [5, 6, 7, *range(20, 50)]
+            assert far_from(session.feed(longer), other.feed(longer)) < HALVES
+
+
+def test_recorded_steps_are_the_steps(on_card: Any, device: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captured: list[int] = []
+    capture = device.device.capture
+
+    def counted(run: Any) -> Any:
+        captured.append(1)
+        return capture(run)
+
+    def logits() -> np.ndarray:
+        with on_card(tiny) as card:
+            card.session.feed(list(range(4, 9)))
+            steps = [card.session.step(token).copy() for token in (1, 2, 3, 4, 5)]
+            card.session.feed([4, 5, 30])  # something else between, at another place
+            return np.array([*steps, *(card.session.step(token).copy() for token in (1, 2, 3))])
+
+    monkeypatch.setattr(device.device, "capture", counted)
+    recorded = logits()
+    assert 1 <= len(captured) <= 4  # not one for each of 8 steps
+    monkeypatch.setattr(device, "record", lambda step: (step(device), None))
+    assert np.array_equal(recorded, logits())
+
+
+def test_sequences_side_by_side(on_card: Any, tiny: Path) -> None:
+    prompts = [[5, 6, 7, 8], [9], list(range(30, 42))]
+    with on_card(tiny) as card, Llama.load(tiny, device="reference") as truth:
+        ours, theirs = (
+            [a.tokens for a in m.generate(prompts, max_tokens=3, sampling=Sampling(temperature=0))]
+            for m in (card, truth)
+        )
+    assert ours == theirs
+
+
+def test_out_of_memory_is_one_line(on_card: Any, device: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert isinstance(device.device, EmulatedDevice)
+    with on_card(tiny) as card:
+        first = card.session.feed([5, 6, 7])
+
+        def full(*args: Any) -> Any:
+            raise MemoryError("the card")
+
+        with monkeypatch.context() as m:
+            m.setattr(device.device, "empty", full)
+            with pytest.raises(MemoryError):
+                card.session.feed([5, 6, *range(10, 90)])
+        assert np.array_equal(card.session.feed([5, 6, 7]), first)
+
+
+@pytest.fixture
+def card(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What --device gpu opens."""
+    monkeypatch.setattr(device.device, "memory", (512 << 20, 1 << 30))
+    monkeypatch.setattr(kernels_gpu, "open_card", lambda: device)
+
+
+def test_commands(card: None, cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the hen in the inn " * 40)
+    run = ("run", tiny, "-p", "the", "-n", "4", "--temp", "0", "--device", "gpu")
+    chat = ("chat", tiny, "--device", "gpu", "-n", "3", "--temp", "0")
+    bench = ("bench", tiny, "-p", "16", "-n", "4", "-r", "1", "-o", "json", "--device", "gpu")
+    perplexity = ("perplexity", tiny, "-f", text, "-c", "32", "--chunks", "2", "--json", "--device")
+    for command, given in ((run, None), (chat, "hello\n"), (bench, None), (perplexity, None)):
+        result = cli(*command, *(["gpu"] if command is perplexity else []), input=given)
+        assert result.exit_code == 0, result.stderr
+        assert result.stdout
+        if command is bench:
+            (first, *_) = json.loads(result.stdout)
+            assert (first["backends"], first["gpu_info"]) == ("CUDA", "emulated")
+            assert first["memory_bytes_per_second"] > 0
+        if command is perplexity:
+            truth = json.loads(cli(*perplexity, "reference").stdout)["ppl"]
+            assert json.loads(result.stdout)["ppl"] == pytest.approx(truth, rel=1e-3)

@@ -1,0 +1,83 @@
+"""Rows of activations on an emulated card: tests of all devices, at sizes that emulation can do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import test_ops
+from emulated import EmulatedDevice, emulated_ops
+from test_dequantize import random_tensor
+
+from kernels_gpu.ops import GpuOps
+from minirt.gguf_file import TENSOR_TYPES
+
+
+@pytest.fixture(scope="module")
+def ops() -> Any:
+    return emulated_ops()
+
+
+@pytest.mark.parametrize("name", TENSOR_TYPES)
+def test_products(ops: Any, name: str) -> None:
+    for n in (1, 33):
+        test_ops.test_products_of_every_type(ops, name, n)
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 8, 9])
+def test_numbers_of_rows(ops: Any, n: int) -> None:
+    test_ops.test_products_of_every_type(ops, "Q4_0", n)
+    test_ops.test_products_of_every_type(ops, "F16", n)
+
+
+@pytest.mark.parametrize("name", TENSOR_TYPES)
+def test_decoding_is_exact(ops: Any, name: str) -> None:
+    tensor, rows = random_tensor(name, 37, 512, seed=5), np.arange(37, dtype=np.int32)
+    assert np.array_equal(
+        ops.to_host(ops.embed(ops.table(tensor), rows)), test_ops.TRUTH.embed(test_ops.TRUTH.table(tensor), rows)
+    )
+
+
+@pytest.mark.parametrize("n", [1, 33])
+def test_layers(ops: Any, n: int) -> None:
+    test_ops.test_layer(ops, "Q6_K", n, (8, 2, 32), False, True)
+    test_ops.test_layer(ops, "Q4_0", n, (4, 4, 64), True, False)
+    test_ops.test_matrices_of_several_types(ops, n)
+
+
+@pytest.mark.parametrize("columns", [1, 15, 72])
+def test_odd_rows(ops: Any, columns: int) -> None:
+    for name in ("F32", "F16", "BF16"):
+        test_ops.test_rows_that_are_not_whole_vectors(ops, name, columns)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize(("d", "dim"), [(64, 64), (80, 20), (8, 2)])
+def test_rotation(ops: Any, d: int, dim: int, interleaved: bool) -> None:
+    test_ops.test_rotation(ops, d, dim, interleaved)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_activations_that_are_not_finite_show(ops: Any, bad: float) -> None:
+    test_ops.test_activations_that_are_not_finite_show(ops, bad, "Q4_0")
+    test_ops.test_activations_that_are_not_finite_show(ops, bad, "Q6_K")
+
+
+def test_extreme_activations(ops: Any) -> None:
+    test_ops.test_extreme_activations(ops)
+
+
+def test_tied_embeddings_are_on_the_card_once() -> None:
+    ops, tensor = GpuOps(EmulatedDevice()), random_tensor("Q8_0", 8, 64)
+    table = ops.table(tensor)
+    assert ops.matrix(tensor) is table
+    assert ops.matrix(random_tensor("Q8_0", 8, 64)) is not table
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_the_order_of_threads_does_not_show(ops: Any, seed: int) -> None:
+    tensor, x, norm = random_tensor("Q5_K", 37, 512), test_ops.normal(2, 512), test_ops.normal(512, seed=1)
+    other = emulated_ops(seed)
+    first, second = (each.logits(x, norm, 1e-5, each.matrix(tensor)) for each in (ops, other))
+    assert np.array_equal(first, second)
