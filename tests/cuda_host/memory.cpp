@@ -194,10 +194,14 @@ void on_access(const void* p, size_t bytes, unsigned access, void* return_addres
     check(address, bytes, access, in_library(return_address));
 }
 
-void aligned(const void* p, size_t bytes, unsigned access, void* return_address) {
+void check_alignment(const void* p, size_t bytes, size_t alignment, unsigned access, void* return_address) {
     const uintptr_t address = reinterpret_cast<uintptr_t>(p);
-    if (address % bytes)
-        fail("misaligned: %s", access_text(access, address, bytes, in_library(return_address)).c_str());
+    if (address % alignment == 0) return;
+    fail("misaligned: %s", access_text(access, address, bytes, in_library(return_address)).c_str());
+}
+
+void aligned(const void* p, size_t bytes, unsigned access, void* return_address) {
+    check_alignment(p, bytes, bytes, access, return_address);
     on_access(p, bytes, access, return_address);
 }
 
@@ -239,7 +243,10 @@ void fence() {
     machine.current->unpublished = false;
 }
 
-void access(const void* p, size_t bytes, bool write) { on_access(p, bytes, write, __builtin_return_address(0)); }
+void access(const void* p, size_t bytes, size_t alignment, bool write) {
+    check_alignment(p, bytes, alignment, write, __builtin_return_address(0));
+    on_access(p, bytes, write, __builtin_return_address(0));
+}
 
 void atomic_access(void* p, size_t bytes) {
     aligned(p, bytes, WRITE | ATOMIC, __builtin_return_address(0));
@@ -271,6 +278,22 @@ CUDA_HOST_PACKED(2)
 CUDA_HOST_PACKED(4)
 CUDA_HOST_PACKED(8)
 CUDA_HOST_PACKED(16)
+
+// clang++'s way to copy and fill.
+extern "C" void* __tsan_memcpy(void* to, const void* from, size_t n) {
+    on_access(from, n, READ, __builtin_return_address(0));
+    on_access(to, n, WRITE, __builtin_return_address(0));
+    return std::memcpy(to, from, n);
+}
+extern "C" void* __tsan_memmove(void* to, const void* from, size_t n) {
+    on_access(from, n, READ, __builtin_return_address(0));
+    on_access(to, n, WRITE, __builtin_return_address(0));
+    return std::memmove(to, from, n);
+}
+extern "C" void* __tsan_memset(void* to, int value, size_t n) {
+    on_access(to, n, WRITE, __builtin_return_address(0));
+    return std::memset(to, value, n);
+}
 
 extern "C" void __tsan_read_range(void* p, size_t n) { on_access(p, n, READ, __builtin_return_address(0)); }
 extern "C" void __tsan_write_range(void* p, size_t n) { on_access(p, n, WRITE, __builtin_return_address(0)); }

@@ -29,10 +29,11 @@ uint64_t shuffle(unsigned mask, uint64_t value, unsigned source_lane, Place);
 unsigned ballot(unsigned mask, bool predicate, Place);
 unsigned live_lanes();
 
-void fence();                                        // __threadfence
-void access(const void*, size_t bytes, bool write);  // checks a load or store that the compiler does not announce
-void atomic_access(void*, size_t bytes);             // checks an atomic operation
-void let_others();                                   // lets others run now and then, so that a thread may poll
+void fence();                             // __threadfence
+void atomic_access(void*, size_t bytes);  // checks an atomic operation
+void let_others();                        // lets others run now and then, so that a thread may poll
+// Checks a load or store that the compiler does not announce, or not with its alignment.
+void access(const void*, size_t bytes, size_t alignment, bool write);
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // A kernel as Python sees it.
