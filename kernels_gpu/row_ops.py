@@ -28,7 +28,7 @@ PLAIN, NORMED, GATED = 0, 1, 2  # of activations.cuh
 ROUNDED_BYTES = 80  # of 32 rounded activations
 TOGETHER = 3  # matrices of a launch
 BLOCK, WARPS, BLOCKS = 256, 8, 4  # threads and warps of a block of products, blocks of a multiprocessor
-ROOM = 48 << 10  # bytes of shared memory that any card gives a block
+ROOM = 47 << 10  # bytes of shared memory that any card gives a block, beside what the kernel has itself
 
 
 class RowOps(BaseOps):
@@ -81,11 +81,8 @@ class RowOps(BaseOps):
     def feed_forward(self, x: Array, layer: LayerWeights, config: ModelConfig) -> None:
         check_feed_forward(x, layer)
         gate, up, down = layer.w_gate, layer.w_up, layer.w_down
-        if (
-            self._makes_input(len(x), gate)
-            and gate.name == up.name
-            and (gate.name in FORMATS) == (down.name in FORMATS)
-        ):
+        alike = gate.name == up.name and (gate.name in NUMBERS) == (down.name in NUMBERS)
+        if alike and self._makes_input(len(x), gate):
             h = self._gated(x, layer, config.rms_eps)
             self._few(h, None, (down,), [0], PLAIN, None, 0.0, x, True)
             return

@@ -10,6 +10,7 @@ import test_ops
 from emulated import EmulatedDevice, emulated_ops
 from test_dequantize import random_tensor
 
+from kernels_gpu import row_ops
 from kernels_gpu.ops import GpuOps
 from minirt.gguf_file import TENSOR_TYPES
 
@@ -66,6 +67,20 @@ def test_activations_that_are_not_finite_show(ops: Any, bad: float) -> None:
 
 def test_extreme_activations(ops: Any) -> None:
     test_ops.test_extreme_activations(ops)
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "F16"])
+def test_input_that_blocks_make_is_the_input(ops: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of rows too long for shared memory it is made before."""
+    c, x, found = test_ops.config(4, 2, 64), test_ops.normal(1, 256), []
+    w = test_ops.layer(ops, name, c, 256, 512)
+    for room in (row_ops.ROOM, 0):
+        monkeypatch.setattr(row_ops, "ROOM", room)
+        grown = x.copy()
+        ops.feed_forward(grown, w, c)
+        found.append([grown, *ops.qkv(x, w, c, test_ops.angles(ops, 1, 64))])
+    for made, given in zip(*found, strict=True):
+        assert np.array_equal(made, given)
 
 
 def test_tied_embeddings_are_on_the_card_once() -> None:
