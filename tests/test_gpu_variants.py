@@ -1,134 +1,21 @@
-"""Every kernel that real models would run compiles for the cards minirt names, and spills no registers.
-
-Which kernels those are, with which constants, is found out by running models of real shapes, one layer of them, on a
-device that only notes what it would launch.
-"""
+"""Every kernel that real models would run compiles for the cards minirt names, and spills no registers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from nvrtc import nvrtc_for
-from test_dequantize import random_tensor
+from gpu_variants import ARCHS, resources, variants_of
 
 import kernels_gpu
-from kernels_gpu.device import source_of
-from kernels_gpu.ops import GpuOps
-from minirt.cache import allocate_cache
-from minirt.config import ModelConfig, RopeScaling
-from minirt.decoder import Decoder
-from minirt.policies import parse_policy
-from minirt.stores import get_stores
-from minirt.weights import LayerWeights, Weights
-
-ARCHS = (61, 75, 80, 87, 90)  # 61: with the wheels of CUDA 12 only
-SHAPES = {"7b": (32, 32, 128), "8b": (32, 8, 128), "smollm2": (9, 3, 64)}  # H_q, H_kv, d
-TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32", "IQ4_XS", "Q2_K", "Q3_K")
-POLICIES = ("dense",)
-Variant = tuple[str, tuple[tuple[str, Any], ...]]  # a file and its constants
-
-
-class NotingDevice:
-    """A device with endless memory that launches nothing."""
-
-    name, multiprocessors, shared_memory = "noting", 132, 227 << 10
-    memory, driver = (1 << 50, 1 << 50), "13.0"
-
-    def __init__(self, capability: tuple[int, int]):
-        self.capability = capability
-        self.variants: dict[Variant, set[str]] = {}
-
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return np.zeros(shape, dtype)
-
-    zeros = reserve = empty
-
-    def upload(self, array: np.ndarray) -> Any:
-        return array
-
-    def download(self, array: Any) -> Any:
-        return array
-
-    def view(self, array: Any, dtype: Any) -> Any:
-        return array.view(dtype)
-
-    def concatenate(self, arrays: list[Any]) -> Any:
-        return np.concatenate(arrays)
-
-    def kernel(self, file: str, name: str, **constants: int | str) -> Callable[..., None]:
-        self.variants.setdefault((file, tuple(sorted(constants.items()))), set()).add(name)
-        return lambda grid, block, *args, shared=0: None
-
-    def capture(self, run: Callable[[], None]) -> None:
-        return None
-
-    def refresh(self, host: np.ndarray, array: Any) -> None:
-        pass
-
-    def synchronize(self) -> None:
-        pass
-
-
-def config(n_head: int, n_head_kv: int, d: int) -> ModelConfig:
-    return ModelConfig(
-        architecture="llama", name="", n_layer=1, n_embd=n_head * d, n_head=n_head, n_head_kv=n_head_kv, head_dim=d,
-        n_ff=512, n_vocab=96, n_ctx_train=1 << 16, rms_eps=1e-5, rope_base=1e4, rope_dim=d,
-        rope_scaling=RopeScaling("none"), rope_interleaved=True, sliding_window=0, palu=None,
-    )  # fmt: skip
-
-
-def weights(ops: GpuOps, c: ModelConfig, kind: str) -> Weights:
-    q, kv, n, ff = c.n_head * c.head_dim, c.n_head_kv * c.head_dim, c.n_embd, c.n_ff
-    shapes = {"wq": (q, n), "wk": (kv, n), "wv": (kv, n), "wo": (n, q)}
-    shapes |= {"w_gate": (ff, n), "w_up": (ff, n), "w_down": (n, ff)}
-    norm, none = np.ones(n, np.float32), dict.fromkeys(("bq", "bk", "bv", "q_norm", "k_norm"))
-    layer = {name: ops.matrix(random_tensor(kind, *shape)) for name, shape in shapes.items()}
-    output = ops.matrix(random_tensor(kind, c.n_vocab, n))
-    return Weights(output, [LayerWeights(attn_norm=norm, ffn_norm=norm, **none, **layer)], norm, output, None)
-
-
-def run(ops: GpuOps, c: ModelConfig, w: Weights, spec: str, kv: str, batch: int = 1) -> None:
-    """A prompt and two steps."""
-    policy, n = parse_policy(spec), 600
-    decoder = Decoder(c, w, ops, policy)
-    cache = allocate_cache(policy.plan(c, 1024, *get_stores(kv)), c, ops, batch, decoder.rope)
-    for seq in range(batch):
-        decoder.prefill(cache, [1] * n, seq, logits="none")
-    for _ in range(2):
-        decoder.decode(cache, [1] * batch)
-
-
-def variants_of(arch: int) -> dict[Variant, set[str]]:
-    device = NotingDevice((arch // 10, arch % 10))
-    ops = GpuOps(device)
-    for name, shape in SHAPES.items():
-        c = config(*shape)
-        w = weights(ops, c, "Q8_0")
-        for spec in POLICIES:
-            for kv in ("f16", "q8_0", "q4_0", "f32") if name == "smollm2" or spec == "dense" else ("f16",):
-                run(ops, c, w, spec, kv)
-    c = config(4, 4, 64)
-    for kind in TYPES:
-        for batch in (1, 2, 4, 8):
-            run(ops, replace(c, n_embd=256), weights(ops, replace(c, n_embd=256), kind), "dense", "f16", batch)
-    return device.variants
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_compile_and_spill_nothing(arch: int) -> None:
-    if not (nvrtc := nvrtc_for(arch)):
+    if (found := resources(arch)) is None:
         pytest.skip(f"no NVRTC for sm_{arch} (nvidia-cuda-nvrtc from PyPI brings one)")
-    for (file, constants), names in variants_of(arch).items():
-        options = ["-std=c++17", *(f"-D{name}={value}" for name, value in constants)]
-        used = nvrtc.compile(source_of(file), arch, options=options).resources
-        assert names <= used.keys(), (file, constants)
-        spilling = {name: used[name] for name in names if used[name].spill or used[name].local}
-        assert not spilling, (file, constants)
+    assert found
+    assert not {name: used for name, used in found.items() if used.spill or used.local}
 
 
 def test_every_file_is_among_them() -> None:
