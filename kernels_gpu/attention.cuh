@@ -2,9 +2,15 @@
 // query heads; the last block of a head to finish joins the parts (flash decoding), so that one launch does.
 //
 // Macros: HEAD_DIM (at most 256), GROUP (query heads of a KV head), K_STORE, V_STORE, K_ROTATED, V_ROTATED, SCORES
-// (whether scores and totals are written). Grid (parts, H_kv SPLIT, B), THREADS threads.
+// (whether scores and totals are written), TENSOR_CORES. Grid (parts, H_kv SPLIT, B), THREADS threads.
 #pragma once
+#include "cached.cuh"
+#include "mma.cuh"
+#if TENSOR_CORES
+#include "tensor_reader.cuh"
+#else
 #include "float_reader.cuh"
+#endif
 
 constexpr int SPLIT = SETS / BLOCK_SETS;  // blocks that share the query heads of a KV head
 constexpr int LEAST_ROWS = 128;           // of a part, if there are several
@@ -127,16 +133,13 @@ DEVICE void attend_part(const Attention& a, const Slots& slots, const Finish& fi
     const int begin = part * step, end = min(slots.count, begin + step);
     Reader reader;
     reader.begin();
-    if (Slots::HAS_FAR && begin < slots.far) {
-        load_queries(a.far + query * D, heads, sums);
+#pragma unroll 1
+    for (int pass = Slots::HAS_FAR && begin < slots.far ? 0 : 1; pass < 2; pass++) {  // far rows, then the others
+        load_queries((pass == 0 ? a.far : a.q) + query * D, heads, sums);
         reader.ask(sums);
-        reader.read(cached, slots, begin, min(end, slots.far));
+        reader.read(cached, slots, pass == 0 ? begin : max(begin, slots.far), pass == 0 ? min(end, slots.far) : end);
         __syncthreads();
     }
-    load_queries(a.q + query * D, heads, sums);
-    reader.ask(sums);
-    reader.read(cached, slots, max(begin, slots.far), end);
-    __syncthreads();
     reader.deposit(sums, ends);
     __syncthreads();
     join_parts(sums, ends, WARPS / BLOCK_SETS, sums, joined_ends);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,28 @@ from .base import BaseOps
 from .device import Array
 from .rows import Rows
 
-WARP, THREADS, WARPS = 32, 256, 8  # of attention.cuh
+WARP = 32
 LEAST_ROWS = 128  # of a part of a sequence
-WAVES = 2  # blocks of a multiprocessor that one sequence asks for
 MOST_HEAD_DIM = 256
-TENSOR_CORES = (7, 5)  # capability from which prefill_attention.cu has them
-F32 = "F32"
+HALVES, TILES = (7, 5), (8, 0)  # capability from which tensor cores serve chunks, and decode steps
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What the launcher of float_reader.cuh or tensor_reader.cuh must know of it."""
+
+    warps: int
+    most: int  # query heads of a warp
+    blocks: int  # of a multiprocessor
+
+    def heads(self, group: int) -> tuple[int, int]:
+        """Query heads that a block serves, and blocks that share those of a KV head."""
+        sets = 1 << (-(-group // self.most) - 1).bit_length()
+        of_block = min(sets, self.warps)
+        return of_block * -(-group // sets), sets // of_block
+
+
+FLOAT, TENSOR = Reader(8, 4, 2), Reader(4, 8, 3)
 
 
 class AttentionOps(BaseOps):
@@ -64,18 +81,22 @@ class AttentionOps(BaseOps):
         come after its own. scores [B, H_q, slots] and totals [B, H_q, 2] receive what they are there."""
         (n_seq, n_head, d), n_head_kv = q.shape, kv.k.shape[1]
         check_heads(d, q, out)
-        group = n_head // n_head_kv
-        heads, split = heads_of_block(group)
+        group, constants = n_head // n_head_kv, {**stores(kv), **constants}
+        # One query head of each row of floats keeps no tensor core busy; codes are decoded faster for them.
+        alone = group == 1 and kv.k.kind == kv.v.kind == "f16"
+        tiles = self.device.capability >= TILES and in_halves(kv) and d % 8 == 0 and d <= 128 and not alone
+        reader = TENSOR if tiles else FLOAT
+        heads, split = reader.heads(group)
         # As many for each sequence of a batch as it would have alone, so that its sums are the same.
-        parts = -(-WAVES * self.device.multiprocessors // (n_head_kv * split))
+        parts = -(-reader.blocks * self.device.multiprocessors // (n_head_kv * split))
         parts = max(1, min(parts, -(-rows // LEAST_ROWS)))
         sums = self._buffer("sums of parts", (n_seq, n_head_kv * split, parts, heads, -(-d // 8) * 8))
         ends = self._buffer("ends of parts", (n_seq, n_head_kv * split, parts, heads, 2))
         self._launch(
-            file, kernel, (parts, n_head_kv * split, n_seq), THREADS, *kv.k.arguments, *kv.v.arguments, q, far, out,
-            sums, ends, self._counters(n_seq * n_head_kv * split), scores, totals,
+            file, kernel, (parts, n_head_kv * split, n_seq), WARP * reader.warps, *kv.k.arguments, *kv.v.arguments,
+            q, far, out, sums, ends, self._counters(n_seq * n_head_kv * split), scores, totals,
             0 if scores is None else int(scores.shape[2]), *args, GROUP=group, SCORES=int(scores is not None),
-            **stores(kv), **constants,
+            TENSOR_CORES=int(reader is TENSOR), **constants,
         )  # fmt: skip
 
     def attend_chunk(
@@ -95,7 +116,7 @@ class AttentionOps(BaseOps):
         out, constants = self._buffer("chunk", q.shape), stores(kv)
         if constants["K_ROTATED"]:
             q = self._rotated(q, self._buffer("rotated queries", q.shape))
-        tensor_cores = self.device.capability >= TENSOR_CORES and d % 16 == 0 and F32 not in constants.values()
+        tensor_cores = self.device.capability >= HALVES and d % 16 == 0 and in_halves(kv)
         file, rows = ("prefill_attention.cu", 64) if tensor_cores else ("prefill_float.cu", 32)
         group = n_head // n_head_kv
         self._launch(
@@ -141,19 +162,13 @@ def _is_rotated(rows: Rows) -> bool:
     return bool(rows.store.rotated)
 
 
+def in_halves(kv: KV) -> bool:
+    """Whether tensor cores can take rows: of halves, or of codes that are decoded to them."""
+    return "f32" not in (kv.k.kind, kv.v.kind)
+
+
 def check_heads(d: int, *arrays: Array) -> None:
     if d > MOST_HEAD_DIM:
         raise ValueError(f"heads of {d} numbers: kernels take at most {MOST_HEAD_DIM}")
     if not all(a.flags.c_contiguous for a in arrays):
         raise ValueError("queries and results are arrays without gaps")
-
-
-def heads_of_block(group: int) -> tuple[int, int]:
-    """Query heads that a block of float_reader.cuh serves, and blocks that share those of a KV head."""
-    sets = _power_from(-(-group // 4))
-    in_block = min(sets, WARPS)
-    return in_block * -(-group // sets), sets // in_block
-
-
-def _power_from(least: int) -> int:
-    return 1 << max(0, least - 1).bit_length()

@@ -4,7 +4,6 @@
 
 constexpr int D = HEAD_DIM;
 constexpr int CHUNKS = (D + 7) / 8, PADDED = 8 * CHUNKS;  // of eight numbers, in a row
-constexpr int WARPS = 8, THREADS = WARPS * WARP;
 constexpr float LOG2_E = 1.44269504f;
 constexpr float LOWEST = -1e30f;  // score of nothing: below all others, and finite, so that differences are numbers
 

@@ -3,6 +3,7 @@
 #pragma once
 #include "cached.cuh"
 
+constexpr int WARPS = 8, THREADS = WARPS * WARP, BLOCKS = 2;  // blocks of a multiprocessor, at least
 constexpr int LANES = power_from(CHUNKS);  // that read a row
 constexpr int SETS = power_from((GROUP + 3) / 4), HEADS = (GROUP + SETS - 1) / SETS;  // sets of heads, heads of a warp
 constexpr int BLOCK_SETS = SETS < WARPS ? SETS : WARPS, BLOCK_HEADS = BLOCK_SETS * HEADS;

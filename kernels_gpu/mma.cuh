@@ -19,22 +19,20 @@ DEVICE void multiply_tiles(float (&d)[4], const u32 (&a)[4], const u32 (&b)[2]) 
             : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(b[i]));
     }
 #else
-    // Without tensor cores each lane asks the others for what it needs.
+    // Without tensor cores each lane asks the others for what it needs, two words at a time.
     const int g = lane_id() / 4, t = lane_id() % 4;
+    using Words = unsigned long long;
+    const Words low = Words(a[1]) << 32 | a[0], high = Words(a[3]) << 32 | a[2], own = Words(b[1]) << 32 | b[0];
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
+    for (int k = 0; k < 4; k++) {
+        const Words rows[2] = {__shfl_sync(ALL, low, 4 * g + k), __shfl_sync(ALL, high, 4 * g + k)};
+        const Words columns[2] = {__shfl_sync(ALL, own, 8 * t + k), __shfl_sync(ALL, own, 8 * t + 4 + k)};
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            u32 rows[2], columns[2];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                rows[i] = __shfl_sync(ALL, a[2 * half + i], 4 * g + k);
-                columns[i] = __shfl_sync(ALL, b[half], 4 * (2 * t + i) + k);
-            }
+        for (int half = 0; half < 2; half++) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                d[i] += low_half(rows[i / 2]) * low_half(columns[i % 2]);
-                d[i] += high_half(rows[i / 2]) * high_half(columns[i % 2]);
+                const u32 row = u32(rows[half] >> 32 * (i / 2)), column = u32(columns[i % 2] >> 32 * half);
+                d[i] += low_half(row) * low_half(column) + high_half(row) * high_half(column);
             }
         }
     }
