@@ -97,20 +97,6 @@ DEVICE void join_parts(const float* sums, const float2* ends, int n, float* join
     __syncthreads();
 }
 
-// True in the last block of a head to come here, which sees what the others have written.
-DEVICE bool is_last(int* done, int parts) {
-    __shared__ bool last;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        last = atomicAdd(done, 1) == parts - 1;
-        if (last) *done = 0;
-        __threadfence();
-    }
-    __syncthreads();
-    return last;
-}
-
 template <class Slots, class Finish>
 DEVICE void attend_part(const Attention& a, const Slots& slots, const Finish& finish) {
     __shared__ __align__(16) float sums[WARPS * HEADS * PADDED];

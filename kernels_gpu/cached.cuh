@@ -18,12 +18,6 @@ struct Cached {
     DEVICE Eight<V_STORE> value(int slot, int chunk) const { return fetch<V_STORE, D>(v, v_first + slot, chunk); }
 };
 
-DEVICE constexpr int power_from(int least) {
-    int power = 1;
-    while (power < least) power *= 2;
-    return power;
-}
-
 DEVICE float power_of_2(float x) {
 #ifdef __CUDA_ARCH__
     float power;

@@ -15,6 +15,12 @@ constexpr u32 ALL = 0xffffffffu;
 #define INFINITE __int_as_float(0x7f800000)
 #define NOT_A_NUMBER __int_as_float(0x7fffffff)
 
+DEVICE constexpr int power_from(int least) {
+    int power = 1;
+    while (power < least) power *= 2;
+    return power;
+}
+
 // -- half precision, as its bits ------------------------------------------------------------------------------------
 
 DEVICE float to_float(u16 half) {
@@ -85,4 +91,18 @@ DEVICE float block_max(float x, float* shared) {
     __syncthreads();
     const int warps = blockDim.x / WARP;
     return max_over(lane_id() < warps ? shared[lane_id()] : -INFINITE);
+}
+
+// True in the last of n blocks to come here, which sees what the others have written, and leaves the counter 0 as it was.
+DEVICE bool is_last(int* done, int n) {
+    __shared__ bool last;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        last = atomicAdd(done, 1) == n - 1;
+        if (last) *done = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    return last;
 }

@@ -102,11 +102,17 @@ DEVICE void load8(const Rows& rows, i64 row, int chunk, float (&x)[8]) {
 template <int D>
 constexpr int ROTATION = D & -D;
 
+// 1 / sqrt(n) of a power of two, to the nearest float: what is coded must be as the reference codes it.
+DEVICE constexpr float inverse_root(int n) {
+    return n == 1 ? 1.0f : n == 2 ? 0.70710678118654752f : 0.5f * inverse_root(n / 4);
+}
+
 // x [heads, D] in shared memory, each run of ROTATION<D> numbers times the Hadamard matrix of that size, of orthonormal
 // rows; in the order of additions of the reference. All threads of the block call; ends with a barrier.
 template <int D>
 DEVICE void rotate(float* x, int heads = 1) {
-    for (int i = threadIdx.x; i < heads * D; i += blockDim.x) x[i] *= rsqrtf(float(ROTATION<D>));
+    constexpr float scale = inverse_root(ROTATION<D>);
+    for (int i = threadIdx.x; i < heads * D; i += blockDim.x) x[i] *= scale;
     for (int step = 1; step < ROTATION<D>; step *= 2) {
         __syncthreads();
         for (int i = threadIdx.x; i < heads * D / 2; i += blockDim.x) {

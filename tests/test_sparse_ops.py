@@ -178,7 +178,7 @@ def test_what_is_not_finite(ops: Any, store: str, bad: float, sum_logits: bool) 
             found.append([rows, *until(int32(16, 8), weights)])
             found[-1] += every(device, q, kv, index, stop, 64)
             assert rows[1, :, :8].tolist() == [list(range(8))] * 2
-            device.attend_rows(q, kv, rows, stop, None, None)
+            device.attend_rows(q, kv, device.indices(rows), stop, None, None)
     for ours, truth in zip(found[:2], found[2:], strict=True):
         assert 0 <= ours[0].min() <= ours[0].max() < 600
         assert np.array_equal(ours[0][0], truth[0][0])
@@ -269,8 +269,8 @@ def test_attention_to_rows(ops: Any, store: str, n_head: int, n_head_kv: int, d:
     for device in (ops, TRUTH):
         kv, _ = cached(device, store, 3, n_head_kv, 600, d)
         for blend in ((weights, mean), (None, None)):
-            found.append(device.to_host(device.attend_rows(q, kv, rows, stop, *blend)).copy())
-        found.append(device.to_host(device.add_rows(kv, rows, stop, weights, d)).copy())
+            found.append(device.to_host(device.attend_rows(q, kv, device.indices(rows), stop, *blend)).copy())
+        found.append(device.to_host(device.add_rows(kv, device.indices(rows), stop, weights, d)).copy())
     for ours, truth in zip(found[:3], found[3:], strict=True):
         assert_close(ours, truth, 2e-6)
         assert not ours[2].any()
@@ -281,16 +281,17 @@ def test_all_rows_are_dense_attention(ops: Any) -> None:
     q, stop = normal(1, 6, 64), int32(200)
     rows = np.tile(np.arange(200, dtype=np.int32), (1, 2, 1))
     dense = ops.attend(q, kv, 0 * stop, stop).copy()
-    assert_close(ops.attend_rows(q, kv, rows, stop, None, None), dense)
+    assert_close(ops.attend_rows(q, kv, ops.indices(rows), stop, None, None), dense)
     every_row, weights = ops.exact_top_k(q, kv, stop, 200)
-    assert_close(ops.add_rows(kv, every_row, stop, weights, 64), dense)
+    assert_close(ops.add_rows(kv, ops.indices(every_row), stop, weights, 64), dense)
 
 
 def test_nan_shows(ops: Any) -> None:
     kv, _ = cached(ops, "f32", 1, 1, 600, 64, np.nan)
     rows = np.arange(64, dtype=np.int32)[None, None]
-    assert np.isnan(ops.attend_rows(normal(1, 2, 64), kv, rows, int32(600), None, None)).all()
-    assert np.isfinite(ops.attend_rows(normal(1, 2, 64), kv, rows + 64, int32(600), None, None)).all()
+    first, next_ones = ops.indices(rows), ops.indices(rows + 64)
+    assert np.isnan(ops.attend_rows(normal(1, 2, 64), kv, first, int32(600), None, None)).all()
+    assert np.isfinite(ops.attend_rows(normal(1, 2, 64), kv, next_ones, int32(600), None, None)).all()
 
 
 # -- the seam ----------------------------------------------------------------------------------------------------------

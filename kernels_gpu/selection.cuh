@@ -1,0 +1,89 @@
+// The largest of many numbers, found by a block of threads: exactly so many, of equal ones the first, as they lie.
+//
+// Numbers are told apart by keys of 64 bits: in the order of the numbers, then of their places. How many keys begin with
+// which digit is counted; the digit in which the m-th largest falls is kept, and those that begin with it are counted by
+// their next digit, until all of them are among the m. So time grows with the length, in whatever order numbers lie.
+#pragma once
+#include "common.cuh"
+
+using u64 = unsigned long long;
+
+constexpr int KEY_BITS = 64, DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS;
+constexpr int ALL_DIGITS = (KEY_BITS + DIGIT_BITS - 1) / DIGIT_BITS;
+
+// u32 in the order of float32; NaN counts as -inf, and both zeros are one.
+DEVICE u32 order_of(float x) {
+    const u32 bits = __float_as_uint(x == x ? x + 0.0f : -INFINITE);
+    return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+
+// Of equal numbers the one in the first place is the largest.
+DEVICE u64 key_of(u32 order, int place) { return u64(order) << 32 | ~u32(place); }
+
+struct Tally {
+    int count[DIGITS], warps[WARP];
+    int digit, above, within;  // that of the m-th largest; keys with larger ones, and with this one
+};
+
+// The sum of x over the threads before the calling one. All threads of a block of whole warps call. shared [WARP].
+DEVICE int sum_before(int x, int* shared) {
+    int sum = x;
+#pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+        const int before = __shfl_up_sync(ALL, sum, step);
+        if (lane_id() >= step) sum += before;
+    }
+    __syncthreads();
+    const int warp = threadIdx.x / WARP;
+    if (lane_id() == WARP - 1) shared[warp] = sum;
+    __syncthreads();
+    return sum_over(lane_id() < warp ? shared[lane_id()] : 0) + sum - x;
+}
+
+// A number that exactly the m largest of keys key(i), i < n, reach; after fewer than all digits, or if keys are equal,
+// perhaps more. 0 < m <= n. All threads of a block call, of a power of two up to 1024.
+template <class Key>
+DEVICE u64 least_of_largest(int n, int m, int digits, Tally& tally, const Key& key) {
+    u64 found = 0;
+    int shift = KEY_BITS;
+    for (int d = 0; d < digits; d++) {
+        const int bits = min(DIGIT_BITS, shift);
+        shift -= bits;
+        for (int i = threadIdx.x; i < DIGITS; i += blockDim.x) tally.count[i] = 0;
+        __syncthreads();
+#pragma unroll 4
+        for (int i = threadIdx.x; i < n; i += blockDim.x) {
+            const u64 its = key(i) >> shift;
+            if (its >> bits == found) atomicAdd(&tally.count[int(its) & ((1 << bits) - 1)], 1);
+        }
+        __syncthreads();
+        // Threads share the digits among them, the first threads the largest.
+        const int own = DIGITS / blockDim.x, top = DIGITS - 1 - threadIdx.x * own;
+        int sum = 0;
+        for (int i = 0; i < own; i++) sum += tally.count[top - i];
+        int above = sum_before(sum, tally.warps);
+        if (above < m && m <= above + sum) {
+            int digit = top;
+            while (above + tally.count[digit] < m) above += tally.count[digit--];
+            tally.digit = digit, tally.above = above, tally.within = tally.count[digit];
+        }
+        __syncthreads();
+        found = found << bits | u64(tally.digit);
+        m -= tally.above;
+        if (m == tally.within) break;
+    }
+    return found << shift;
+}
+
+// Which of the first `words` of marks have bits set, ascending from `first` on, to rows. All threads of a block call.
+DEVICE void write_marked(const u32* marks, int words, int first, int* rows, int* shared) {
+    const int own = (words + blockDim.x - 1) / blockDim.x, begin = min(words, int(threadIdx.x) * own);
+    const int end = min(words, begin + own);
+    int n = 0;
+    for (int i = begin; i < end; i++) n += __popc(marks[i]);
+    int at = sum_before(n, shared);
+    for (int i = begin; i < end; i++)
+        for (u32 bits = marks[i]; bits; bits &= bits - 1) rows[at++] = first + 32 * i + __ffs(int(bits)) - 1;
+}
+
+DEVICE void mark(u32* marks, int place) { atomicOr(&marks[place / 32], 1u << place % 32); }

@@ -1,0 +1,215 @@
+"""Reading few of the cached tokens on an emulated card: tests of all devices, at sizes that emulation can do, and those
+of paths that only a card has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import test_coded_index
+import test_sparse_ops
+from emulated import emulated_ops
+from test_ops import TRUTH, assert_close, normal
+from test_sparse_ops import assert_best, int32, until
+
+from kernels_gpu import sparse_ops
+from minirt.ops import INDEX_UNIT, KV
+from minirt.stores import STORES
+
+SEEDS = (0, 1)  # of the order in which blocks and threads run
+
+
+@pytest.fixture(scope="module", params=SEEDS)
+def ops(request: pytest.FixtureRequest) -> Any:
+    return emulated_ops(request.param)
+
+
+def on(device: Any, array: np.ndarray) -> Any:
+    return array if device is TRUTH else device.ops.device.upload(array)
+
+
+def index_of(device: Any, k: np.ndarray, tokens: int = INDEX_UNIT) -> Any:
+    """An index of keys [B, H_kv, S, d], in blocks of so many tokens."""
+    n_seq, heads, n, d = k.shape
+    blocks = -(-n // tokens)
+    padded = np.zeros((n_seq, heads, blocks * tokens, d), k.dtype)
+    padded[:, :, :n] = k
+    by_component = padded.reshape(n_seq, heads, blocks, tokens, d).swapaxes(3, 4)
+    return on(device, np.ascontiguousarray(by_component))
+
+
+def assert_same_choice(ops: Any, q: np.ndarray, index: Any, theirs: Any, stop: Any, r: int, k: int, local: int) -> None:
+    p = until(stop, TRUTH.approximate_top_k(q, theirs, stop, r, int(stop.max()), 0, False)[1])
+    for sum_logits in (False, True):
+        rows, weights = ops.approximate_top_k(q, index, stop, r, k, local, sum_logits)
+        for b, n in enumerate(stop):
+            m = min(k, n)
+            assert_best(rows[b, :, :m], weights[b, :, :m], p[b], n, min(local, m), sum_logits)
+
+
+# -- selection ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("order", test_sparse_ops.orders(1))
+def test_top_k(ops: Any, order: str) -> None:
+    for n, chosen in ((1, (1, 0, 0)), (65, (16, 3, 5)), (700, (16, 16, 0)), (700, (100, 1, 9)), (700, (700, 0, 0))):
+        ranks, stop = test_sparse_ops.orders(n)[order], int32(n, n - n // 4)
+        ranks = np.stack([ranks, ranks[::-1] * np.float32(0.5)])
+        for ours, truth in zip(
+            *(until(stop, device.top_k(ranks, stop, *chosen)) for device in (ops, TRUTH)), strict=True
+        ):
+            assert np.array_equal(ours, truth), (n, chosen)
+
+
+def test_top_k_of_a_part_of_an_array(ops: Any) -> None:
+    ranks, stop = normal(2, 5, 300), int32(200, 70)
+    ours = ops.ops.top_k(on(ops, ranks)[:, ::2, 50:], stop, 64)
+    assert np.array_equal(ops.to_host(ours), TRUTH.top_k(ranks[:, ::2, 50:], stop, 64))
+
+
+# -- the index and the mean --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("store", "n_head_kv", "d"), [("f16", 2, 100), ("f32", 1, 8)])
+def test_the_index_and_the_mean(ops: Any, store: str, n_head_kv: int, d: int) -> None:
+    test_sparse_ops.test_the_index_holds_what_the_cache_holds(ops, store, 0, n_head_kv, d)
+    test_sparse_ops.test_means(ops, store, 0, n_head_kv, d)
+
+
+@pytest.mark.parametrize("store", ["q8_0", "q4_0-plain"])
+def test_means_of_blocks(ops: Any, store: str) -> None:
+    found = []
+    for device in (ops, TRUTH):
+        kv = KV(*(device.allocate(STORES[store], (1, 2, 40, 64)) for _ in range(2)))
+        v, mean = normal(40, 2, 64), device.zeros((1, 2, 64), np.dtype(np.float32))
+        device.append(kv, np.zeros(40, np.int32), np.arange(40, dtype=np.int32), v, v)
+        device.mean_rows(kv.v, 0, 37, mean)
+        found.append(device.to_host(mean))
+    assert_close(*found)
+
+
+def test_a_mean_takes_rows_up_in_order(ops: Any) -> None:
+    """Rows of three sequences, mixed."""
+    seq, slot, v = int32(*(2, 0, 2, 1, 2) * 4), int32(*range(20)), normal(20, 2, 64) * 100
+    found = []
+    for device in (ops, TRUTH):
+        index, mean = index_of(device, np.zeros((3, 2, 20, 64), np.float16)), on(device, normal(3, 2, 64))
+        device.append_index(index, mean, seq, slot, v, v)
+        found.append(device.to_host(mean))
+    assert np.array_equal(*found)
+
+
+# -- the best ----------------------------------------------------------------------------------------------------------
+
+# store, H_q, H_kv, d, r
+CASES = [
+    ("f16", 2, 2, 64, 7), ("f16", 8, 2, 128, 33), ("f16", 16, 1, 80, 16), ("f16", 6, 3, 100, 100), ("f32", 7, 1, 8, 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("store", "n_head", "n_head_kv", "d", "r"), CASES)
+def test_the_best(ops: Any, store: str, n_head: int, n_head_kv: int, d: int, r: int) -> None:
+    """By bounds of runs, by all tokens, and where all are chosen; probabilities too."""
+    stop, q = int32(1100, 513, 3), normal(3, n_head, d)
+    k = normal(3, n_head_kv, 1100, d, seed=2).astype(STORES[store].dtype)
+    for tokens in (1024, 512):
+        ours, theirs = (index_of(device, k, tokens) for device in (ops, TRUTH))
+        assert_same_choice(ops, q, ours, theirs, stop, r, *((12, 3) if tokens == 1024 else (400, 100)))
+    found = [
+        until(stop, on.approximate_top_k(q, i, stop, r, 1100, 9, False)[1]) for on, i in ((ops, ours), (TRUTH, theirs))
+    ]
+    for a, b in zip(*found, strict=True):
+        assert_close(a, b, 1e-5)
+
+
+def test_blocks_of_several_tiles(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, however many blocks share the tokens."""
+    stop, q, k = int32(2900, 700), normal(2, 4, 64), normal(2, 2, 2900, 64).astype(np.float16)
+    index, found = index_of(ops, k), []
+    for blocks in (1, 2, 100):
+        monkeypatch.setattr(sparse_ops, "BLOCKS", blocks)
+        found.append(ops.approximate_top_k(q, index, stop, 16, 30, 5, False))
+    for other in found[1:]:
+        for a, b in zip(found[0], other, strict=True):
+            assert np.array_equal(a[1, :, :30], b[1, :, :30])
+            assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("k", [5, 2900])
+def test_more_equals_than_are_listed(ops: Any, k: int) -> None:
+    """All tokens alike; then a few that are larger than the others, and none of the last."""
+    index, q, stop = np.zeros((1, 1, 3000, 64), np.float16), np.ones((1, 2, 64), np.float32), int32(3000)
+    for _ in range(2):
+        ours, theirs = (
+            device.approximate_top_k(q, index_of(device, index), stop, 8, k, 2, False) for device in (ops, TRUTH)
+        )
+        assert np.array_equal(ours[0], theirs[0])
+        assert_close(ours[1], theirs[1], 1e-5)
+        index[0, 0, [100, 2990, 7, 2999]] = [[0.5], [1.0], [1.0], [-3.0]]
+
+
+def test_special_numbers(ops: Any) -> None:
+    test_sparse_ops.test_chosen_components(ops)
+    test_sparse_ops.test_zero_queries(ops)
+    test_sparse_ops.test_logits_far_apart(ops)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_not_finite(ops: Any, bad: float) -> None:
+    test_sparse_ops.test_what_is_not_finite(ops, "f16", bad, bad != bad)
+
+
+def test_nothing_is_left_over(ops: Any) -> None:
+    """Of a call with more tokens, in scratch."""
+    q, k = normal(1, 4, 64), normal(1, 1, 900, 64).astype(np.float16)
+    index = index_of(ops, k)
+    for n in (900, 40, 300):
+        assert_same_choice(ops, q, index, index_of(TRUTH, k), int32(n), 9, 20, 2)
+
+
+# -- the index in 4 bits -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("store", "n_head", "n_head_kv", "d"), [("f16", 3, 1, 100), ("q8_0", 2, 2, 64)])
+def test_codes(ops: Any, store: str, n_head: int, n_head_kv: int, d: int, monkeypatch: Any) -> None:
+    """Codes bit for bit, and what is found by them."""
+    monkeypatch.setattr(test_coded_index, "BORDERS", (1, 255, 256, 257, 529))
+    test_coded_index.test_probabilities_and_the_best(ops, store, n_head, n_head_kv, d)
+
+
+# -- whole keys, and attention to chosen rows --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("store", "n_head", "n_head_kv", "d"),
+    [("f16", 2, 2, 128), ("f16", 7, 1, 100), ("f32", 16, 1, 8), ("q8_0", 6, 2, 64), ("q4_0-plain", 3, 1, 96)],
+)
+def test_whole_keys_and_rows(ops: Any, store: str, n_head: int, n_head_kv: int, d: int) -> None:
+    """With and without the mean; a sequence with fewer rows than k, and one with none."""
+    stop, k, q, mean = int32(300, 20, 0), 33, normal(3, n_head, d), normal(3, n_head_kv, d, seed=4)
+    found = []
+    for device in (ops, TRUTH):
+        kv, _ = test_sparse_ops.cached(device, store, 3, n_head_kv, 300, d)
+        p = device.exact_top_k(q, kv, stop, 300)[1].copy()
+        rows, weights = (a.copy() for a in device.exact_top_k(q, kv, stop, k))
+        found.append([p, rows, weights, kv])
+    (p, rows, weights, kv), (truth, _, _, theirs) = found
+    for a, b in zip(until(stop, p), until(stop, truth), strict=True):
+        assert_close(a, b, 1e-5)
+    for b, n in enumerate(stop[:2]):
+        m = min(k, n)
+        assert_best(rows[b, :, :m], weights[b, :, :m], truth[b, :, :n], n, 0, False)
+    rows[0, :, 5], rows[1, :, 20:] = 0, 10**6  # in any order, and what does not count
+    for blend in ((weights, mean), (None, None)):
+        ours = ops.attend_rows(q, kv, ops.indices(rows), stop, *blend)
+        assert_close(ours, TRUTH.attend_rows(q, theirs, rows, stop, *blend), 3e-6)
+        assert not ours[2].any()
+    ours = ops.add_rows(kv, ops.indices(rows), stop, weights, d)
+    assert_close(ours, TRUTH.add_rows(theirs, rows, stop, weights, d), 3e-6)
+    rows[0, :, 7] = -1
+    without = np.delete(rows[:1], 7, axis=2), stop[:1] * 0 + k - 1
+    one = KV(*(a[:1] for a in theirs))
+    ours = ops.attend_rows(q, kv, ops.indices(rows), stop, None, None)
+    assert_close(ours[:1], TRUTH.attend_rows(q[:1], one, *without, None, None), 3e-6)
