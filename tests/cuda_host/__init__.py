@@ -37,4 +37,4 @@ class HostDevice:
         self, source: str, name_expressions: Sequence[str] = (), options: Sequence[str] = (), name: str = "kernel.cu"
     ) -> Module:
         """A module of CUDA C++, called `name` in messages. Raises BuildError with the compiler's."""
-        return Module(*build(source, name, tuple(name_expressions), tuple(options), self.cache), self)
+        return Module(build(source, name, tuple(name_expressions), tuple(options), self.cache), self)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
-from .elf import FUNCTION, TLS, Elf
+from .elf import TLS, Elf
 
 HERE = Path(__file__).parent
 RUNTIME = ("fibers.cpp", "meetings.cpp", "memory.cpp", "undefined.cpp")
@@ -44,11 +44,8 @@ WHERE_KNOWN = [
     "-mllvm=-tsan-distinguish-volatile=1",
     "-ftrivial-auto-var-init=pattern", "--param=tsan-distinguish-volatile=1", "-fno-extern-tls-init", "-fno-gnu-unique",
 ]  # fmt: skip
-# What __global__ becomes, and after it the kernel's name; a template's angle brackets may come before.
-KERNEL = re.compile(
-    r"(?P<template>template\s*<[^;{}]*>\s*)?(?:\b(?:extern\s*\"C\"|static|inline)\s*)*"
-    r"__attribute__\(\(__used__, noinline\)\)[^;{}()]*?\b(?P<name>\w+)\s*\("
-)
+KERNEL = "__attribute__((__used__, noinline))"  # what __global__ becomes; after it the kernel's type and name
+NAME = re.compile(r"[^;{}()]*?\b(\w+)\s*\(")
 
 
 class BuildError(RuntimeError):
@@ -65,33 +62,39 @@ def compiler() -> str:
 
 
 @cache
-def build(
-    source: str, name: str, expressions: tuple[str, ...], options: tuple[str, ...], cache_dir: Path
-) -> tuple[Path, list[str]]:
-    """The library's path, and which kernels it exports as cuda_host_kernel_<i>: first the name expressions."""
+def build(source: str, name: str, expressions: tuple[str, ...], options: tuple[str, ...], cache_dir: Path) -> Path:
+    """The library, which exports kernels as cuda_host_kernel_<i> and their names, a line each, as cuda_host_names."""
     given = [o for o in options if re.match(r"-[DUI]|--(define-macro|undefine-macro|include-path)=", o)]
     flags = [*FLAGS, *known_flags(compiler())]
-    text = run(
-        [compiler(), *flags, "-E", "-x", "c++", f"-I{HERE}", *given, "-include", HERE / "cuda_host.h", "-"],
-        f'#line 1 "{name}"\n{source}',
-    )
-    kernels = list(expressions) + [m["name"] for m in KERNEL.finditer(text) if not m["template"]]
-    text += f'\n# 1 "exports of {name}"\n'
-    text += "".join(export(i, kernel) for i, kernel in enumerate(kernels))
-    objects = runtime_objects(cache_dir)
-    library = cache_dir / f"{digest(text, *flags, *map(str, objects))}.so"
+    folders = [Path(o.partition("=")[2] or o[2:]) for o in given if re.match(r"-I|--include-path", o)]
+    library = cache_dir / f"{digest(source, name, *expressions, *given, *flags, *texts_of(HERE, *folders))}.so"
     if not library.exists():
+        text = run(
+            [compiler(), *flags, "-E", "-x", "c++", f"-I{HERE}", *given, "-include", HERE / "cuda_host.h", "-"],
+            f'#line 1 "{name}"\n{source}',
+        )
+        text += f'\n# 1 "exports of {name}"\n{exports(text, expressions)}'
         with tempfile.TemporaryDirectory(dir=cache_dir) as scratch:
-            link(text, flags, objects, Path(scratch)).replace(library)
-    exported = {s.name for s in Elf(library.read_bytes()).symbols if s.type == FUNCTION}
-    # A kernel with a mangled name is not found by its plain one, as in CuPy.
-    return library, [k if k in expressions or k in exported else "" for k in kernels]
+            link(text, flags, runtime_objects(cache_dir), Path(scratch)).replace(library)
+    return library
 
 
-def export(number: int, kernel: str) -> str:
-    return (
-        f'extern "C" const ::cuda_host::Kernel cuda_host_kernel_{number} = ::cuda_host::Described<&{kernel}>::value;\n'
-    )
+def exports(text: str, expressions: Sequence[str]) -> str:
+    """Descriptions of the name expressions and of all kernels in the preprocessed text that are no templates.
+
+    The latter have a space before their names: Module looks whether they are extern "C".
+    """
+    names = list(expressions)
+    for mark in re.finditer(re.escape(KERNEL), text):
+        declared_from = max(text.rfind(end, 0, mark.start()) for end in ";{}")
+        if "template" not in text[declared_from : mark.start()] and (found := NAME.match(text, mark.end())):
+            names.append(f" {found[1]}")
+    lines = "\n".join(names)
+    described = [
+        f'extern "C" const ::cuda_host::Kernel cuda_host_kernel_{i} = ::cuda_host::Described<&{n.strip()}>::value;\n'
+        for i, n in enumerate(names)
+    ]
+    return "".join(described) + f'extern "C" const char cuda_host_names[] = R"({lines})";\n'
 
 
 def link(text: str, flags: Sequence[str], objects: Sequence[Path], scratch: Path) -> Path:
@@ -128,7 +131,7 @@ def dynamic_shared(names: Iterable[str]) -> str:
 
 def runtime_objects(cache_dir: Path) -> list[Path]:
     """The runtime, compiled once."""
-    key = digest(compiler(), *(f.read_text() for f in sorted(HERE.iterdir()) if f.suffix in (".h", ".cpp")))
+    key = digest(compiler(), *texts_of(HERE))
     objects = []
     for name in RUNTIME:
         made = cache_dir / f"{key}-{name}.o"
@@ -149,6 +152,13 @@ def known_flags(program: str) -> list[str]:
         return subprocess.run(command, capture_output=True).returncode == 0
 
     return WHERE_KNOWN if accepts(WHERE_KNOWN) else [flag for flag in WHERE_KNOWN if accepts([flag])]
+
+
+@cache
+def texts_of(*folders: Path) -> list[str]:
+    """What the sources in these folders say."""
+    sources = (".cpp", ".cu", ".cuh", ".h", ".py")
+    return [f.read_text() for folder in folders for f in sorted(folder.iterdir()) if f.suffix in sources]
 
 
 def digest(*texts: str) -> str:

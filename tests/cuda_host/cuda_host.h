@@ -11,7 +11,7 @@
 
 #include "runtime.h"
 
-// build.py finds kernels by this pair of attributes.
+// build.py finds kernels by just these attributes.
 #define __global__ __attribute__((__used__, noinline))
 #define __device__
 #define __host__

@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass
 
 ALLOCATED, EXECUTED, THREAD_LOCAL = 0x2, 0x4, 0x400  # flags of sections
-OBJECT, FUNCTION, TLS = 1, 2, 6  # types of symbols
+OBJECT, TLS = 1, 6  # types of symbols
 SYMBOL_TABLE, NO_BITS = 2, 8  # types of sections
 
 

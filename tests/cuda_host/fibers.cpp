@@ -56,12 +56,14 @@ void run_block() {
     m.alive = m.n_threads;
     m.at_barrier = m.predicates = 0;
     m.ready.clear();
+    m.warps.assign((m.n_threads + WARP - 1) / WARP, Warp{});
     for (unsigned i = 0; i < m.n_threads; i++) {
         Thread& t = m.threads[i];
         t.index = {i % m.launch.block.x, i / m.launch.block.x % m.launch.block.y,
                    i / (m.launch.block.x * m.launch.block.y)};
         t.fenced = t.unpublished = false;
         std::memset(t.seen, 0, sizeof t.seen);
+        m.warps[i / WARP].alive |= 1u << i % WARP;
         make_ready(t);
     }
     memory_begin_block();
@@ -125,6 +127,7 @@ void suspend() {
 void make_ready(Thread& t) {
     t.waits = Waits::nothing;
     t.polls = 0;
+    machine.warps[t.id / WARP].waiting &= ~(1u << t.id % WARP);
     machine.ready.push_back(t.id);
 }
 
@@ -132,7 +135,7 @@ uint64_t Machine::draw(uint64_t below) {  // splitmix64
     uint64_t z = random += 0x9e3779b97f4a7c15;
     z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9;
     z = (z ^ z >> 27) * 0x94d049bb133111eb;
-    return (z ^ z >> 31) % below;
+    return uint64_t((unsigned __int128)(z ^ z >> 31) * below >> 64);
 }
 
 uint3 thread_index() { return machine.current->index; }

@@ -47,10 +47,15 @@ struct Thread {
     unsigned polls;            // atomic and volatile accesses since it last waited
 };
 
+struct Warp {  // its lanes that have not exited, and of those the ones that wait in an operation of the warp
+    unsigned alive, waiting;
+};
+
 struct Machine {
     Launch launch;
     uint3 block_index;
     std::vector<Thread> threads;
+    std::vector<Warp> warps;
     unsigned n_threads, alive, at_barrier, first_at_barrier, predicates;
     Thread* current;  // null between blocks
     std::vector<uint16_t> ready;

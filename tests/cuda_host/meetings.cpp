@@ -22,13 +22,8 @@ void release_barrier() {
     machine.at_barrier = machine.predicates = 0;
 }
 
-Thread* lane_of(const Thread& t, unsigned lane) {  // null: no such thread, or it has exited
-    unsigned id = t.id / WARP * WARP + lane;
-    if (id >= machine.n_threads || machine.threads[id].waits == Waits::forever) return nullptr;
-    return &machine.threads[id];
-}
-
-bool here(unsigned mask, unsigned lane) { return mask >> lane & 1; }
+bool here(unsigned mask, unsigned lane) { return lane < WARP && mask >> lane & 1; }
+unsigned first_lane(unsigned mask) { return unsigned(__builtin_ctz(mask)); }
 
 const char* name(Meeting meeting) {
     return meeting == Meeting::sync ? "__syncwarp" : meeting == Meeting::shuffle ? "a shuffle" : "a vote";
@@ -36,37 +31,40 @@ const char* name(Meeting meeting) {
 
 // Completes the meeting that t waits at if all lanes of its mask are there.
 void meet(Thread& t) {
-    const unsigned mask = t.mask, own = t.id % WARP;
-    for (unsigned lane = 0; lane < WARP; lane++) {
-        Thread* u = here(mask, lane) ? lane_of(t, lane) : nullptr;
-        if (!u || u == &t) continue;
-        if (u->waits != Waits::warp) return;
-        if (!here(u->mask, own)) return;  // it meets others first
-        if (u->mask != mask || u->meeting != t.meeting || u->place.line != t.place.line)
+    const Warp& warp = machine.warps[t.id / WARP];
+    const unsigned mask = t.mask, lanes = mask & warp.alive, own = t.id % WARP;
+    if (lanes & ~warp.waiting) return;
+    Thread* const threads = &machine.threads[t.id - own];
+    for (unsigned left = lanes; left; left &= left - 1) {
+        const unsigned lane = first_lane(left);
+        const Thread& u = threads[lane];
+        if (!here(u.mask, own)) return;  // it meets others first
+        if (u.mask != mask || u.meeting != t.meeting || u.place.line != t.place.line)
             fail("lanes of a warp meet in different operations: lane %u in %s with mask 0x%08x at %s:%d, "
                  "lane %u in %s with mask 0x%08x at %s:%d",
                  own, name(t.meeting), mask, t.place.file, t.place.line,
-                 lane, name(u->meeting), u->mask, u->place.file, u->place.line);
+                 lane, name(u.meeting), u.mask, u.place.file, u.place.line);
     }
-    uint32_t seen[WARP] = {};
-    uint64_t votes = 0;
-    for (unsigned lane = 0; lane < WARP; lane++) {
-        Thread* u = here(mask, lane) ? lane_of(t, lane) : nullptr;
-        if (!u) continue;
-        votes |= (u->value & 1) << lane;
-        for (unsigned i = 0; i < WARP; i++) seen[i] = here(mask, i) ? machine.now : std::max(seen[i], u->seen[i]);
-    }
-    for (unsigned lane = 0; lane < WARP; lane++) {
-        Thread* u = here(mask, lane) ? lane_of(t, lane) : nullptr;
-        if (!u) continue;
-        if (t.meeting == Meeting::sync) std::memcpy(u->seen, seen, sizeof seen);
-        if (t.meeting == Meeting::ballot) u->result = votes;
-        if (t.meeting == Meeting::shuffle) {
-            Thread* source = here(mask, u->source) ? lane_of(t, u->source) : nullptr;
-            u->result = source ? source->value : 0x7ff7dead7fffdead;  // undefined in CUDA; a NaN in each half here
+    if (t.meeting == Meeting::sync) {
+        uint32_t seen[WARP] = {};
+        for (unsigned left = lanes; left; left &= left - 1)
+            for (unsigned i = 0; i < WARP; i++) seen[i] = std::max(seen[i], threads[first_lane(left)].seen[i]);
+        for (unsigned left = lanes; left; left &= left - 1) seen[first_lane(left)] = machine.now;
+        for (unsigned left = lanes; left; left &= left - 1)
+            std::memcpy(threads[first_lane(left)].seen, seen, sizeof seen);
+    } else if (t.meeting == Meeting::shuffle) {
+        for (unsigned left = lanes; left; left &= left - 1) {
+            Thread& u = threads[first_lane(left)];
+            // Of a lane that is not here undefined in CUDA; a NaN in each half here.
+            u.result = here(lanes, u.source) ? threads[u.source].value : 0x7ff7dead7fffdead;
         }
-        make_ready(*u);
+    } else {
+        uint64_t votes = 0;
+        for (unsigned left = lanes; left; left &= left - 1)
+            votes |= (threads[first_lane(left)].value & 1) << first_lane(left);
+        for (unsigned left = lanes; left; left &= left - 1) threads[first_lane(left)].result = votes;
     }
+    for (unsigned left = lanes; left; left &= left - 1) make_ready(threads[first_lane(left)]);
     machine.now++;
 }
 
@@ -76,6 +74,7 @@ uint64_t wait_at(Meeting meeting, unsigned mask, uint64_t value, unsigned source
         fail("%s at %s:%d with mask 0x%08x, which leaves out the calling lane %u",
              name(meeting), place.file, place.line, mask, t.id % WARP);
     t.waits = Waits::warp;
+    machine.warps[t.id / WARP].waiting |= 1u << t.id % WARP;
     t.meeting = meeting, t.mask = mask, t.value = value, t.source = source, t.place = place;
     meet(t);
     suspend();
@@ -103,9 +102,11 @@ std::string threads_text(Waits waits, Place place) {
 
 void after_exit(const Thread& t) {
     if (machine.at_barrier && machine.at_barrier == machine.alive) release_barrier();
-    for (unsigned lane = 0; lane < WARP; lane++) {
-        Thread* u = lane_of(t, lane);
-        if (u && u->waits == Waits::warp && here(u->mask, t.id % WARP)) meet(*u);
+    Warp& warp = machine.warps[t.id / WARP];
+    warp.alive &= ~(1u << t.id % WARP);
+    for (unsigned left = warp.waiting; left; left &= left - 1) {
+        Thread& u = machine.threads[t.id / WARP * WARP + first_lane(left)];
+        if (u.waits == Waits::warp && here(u.mask, t.id % WARP)) meet(u);
     }
 }
 
@@ -149,10 +150,6 @@ unsigned ballot(unsigned mask, bool predicate, Place place) {
     return unsigned(wait_at(Meeting::ballot, mask, predicate, 0, place));
 }
 
-unsigned live_lanes() {
-    unsigned lanes = 0;
-    for (unsigned lane = 0; lane < WARP; lane++) lanes |= unsigned(lane_of(*machine.current, lane) != nullptr) << lane;
-    return lanes;
-}
+unsigned live_lanes() { return machine.warps[machine.current->id / WARP].alive; }
 
 }  // namespace cuda_host

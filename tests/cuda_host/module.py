@@ -60,10 +60,14 @@ class Launch(ctypes.Structure):
 class Module:
     """Kernels by name or name expression; `device` gives a launch its `seed` and the `seconds` it may take."""
 
-    def __init__(self, path: Path, kernels: Sequence[str], device: Any) -> None:
+    def __init__(self, path: Path, device: Any) -> None:
         self.path, self.device = path, device
         self.library = ctypes.CDLL(str(path))
-        self.kernels = {name: i for i, name in enumerate(kernels) if name}
+        names = (ctypes.c_char * 0).in_dll(self.library, "cuda_host_names")
+        exported = ctypes.string_at(ctypes.addressof(names)).decode().split("\n")
+        # A kernel that is not extern "C" is not found by its plain name, as in CuPy.
+        found = {n.strip(): i for i, n in enumerate(exported) if n[:1] != " " or hasattr(self.library, n.strip())}
+        self.kernels = found
         elf = Elf(path.read_bytes())
         anchor = next(s for s in elf.symbols if s.name == DYNAMIC)
         self.library.cuda_host_shared.restype = ctypes.c_void_p
