@@ -1,0 +1,63 @@
+"""tools/gpu_check.py and its benchmarks, on an emulated card: that they run, and count what they say."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from emulated import emulated_ops
+
+TOOLS = Path(__file__).parents[1] / "tools"
+
+
+def tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def check(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The tool, with the emulated card and small sizes."""
+    speed = tool("gpu_speed")
+    module = tool("gpu_check")
+    ops = emulated_ops().ops
+    monkeypatch.setattr(ops.device, "memory", (512 << 20, 1 << 30))
+    monkeypatch.setattr(module, "open_card", lambda: ops)
+    monkeypatch.setattr(module, "config_of", lambda shape: speed.config_of("small"))
+    monkeypatch.setattr(module, "version", lambda name: "0")
+    for name, value in {"ATTENTION": [(2, 64, ">= 1x")], "DEPTH": 64, "BUDGET": 16, "FULL": 64, "BATCH": 1}.items():
+        monkeypatch.setattr(module, name, value)
+    for name, value in {"TOUCHED": 0, "ROUNDS": 1, "SECONDS": 0.0, "SEED_NUMBERS": 1000}.items():
+        monkeypatch.setattr(speed, name, value)
+    return module
+
+
+def test_benchmarks(check: Any, tmp_path: Path) -> None:
+    output = tmp_path / "gpu.json"
+    result = CliRunner().invoke(check.main, ["--no-tests", "-o", str(output)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    facts = json.loads(output.read_text())
+    rows = {row["work"]: row for row in facts["rows"]}
+    assert facts["card"] == "emulated"
+    assert rows["sparq r=32 k=32 B=2 S=64"]["ratio"] > 0
+    dense = rows["dense attention f16 B=2 S=64"]
+    assert dense["gb_per_s"] * dense["ms"] == pytest.approx(2 * 64 * 2 * 32 * 2 * 2 / 1e6)
+    assert "... tova 16, 4 sequences" in rows
+    assert result.output.splitlines()[-1].startswith("emulated, copy ")
+
+
+def test_no_benchmark_begins_when_time_is_over(check: Any) -> None:
+    result = CliRunner().invoke(check.main, ["--no-tests", "--minutes", "0"])
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 3
