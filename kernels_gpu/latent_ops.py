@@ -177,10 +177,15 @@ class LatentOps(BaseOps):
 
     def _add_group_sums(self, q: Array, kv: KV, seq: int, start: int, lse: Array, sums: Array) -> None:
         """As `add_column_sums`: sums [G, n] += the mean over a group's KV heads of what each of them would get."""
-        groups, n = sums.shape
+        n = sums.shape[1]
         keys = self._rebuilt(kv, seq, n, keys_only=True)
         of_heads = self.device.zeros((keys.k.shape[1], n), np.float32)
         self.add_column_sums(q, keys, 0, start, lse, of_heads)
+        self._average_heads(of_heads, sums)
+
+    def _average_heads(self, of_heads: Array, sums: Array) -> None:
+        """sums [G, n] += the mean over the KV heads of a group of [H_kv, n]."""
+        groups, n = sums.shape
         self._launch(
             "latent_heads.cu", "average_heads", (-(-n // 128), groups), 128, of_heads, len(of_heads) // groups, n, sums,
             np.int64(sums.strides[0] // sums.itemsize),
