@@ -13,6 +13,7 @@ from minirt.rope import Angles
 
 from .base import BaseOps
 from .device import Array
+from .latent_rows import LatentRows
 from .rows import Rows
 
 WARP = 32
@@ -40,8 +41,15 @@ FLOAT, TENSOR = Reader(8, 4, 2), Reader(4, 8, 3)
 
 
 class AttentionOps(BaseOps):
+    _append_latents: Any
+    _attend_latents: Any
+    _rebuilt: Any
+
     def append(self, kv: KV, seq: np.ndarray, slot: np.ndarray, k: Array, v: Array) -> None:
         check_slots(kv, seq, slot)
+        if isinstance(kv.k, LatentRows):
+            self._append_latents(kv, seq, slot, k, v)
+            return
         n, n_head_kv, d = k.shape
         if k.shape != v.shape or (n, n_head_kv) != (len(seq), kv.k.shape[1]) or d != kv.k.numbers:
             raise ValueError(f"keys {k.shape} and values {v.shape} do not fit a cache {kv.k.shape}")
@@ -79,6 +87,9 @@ class AttentionOps(BaseOps):
     ) -> None:
         """Launches a kernel of attention.cuh on q and out [B, H_q, d], for at most so many rows of a sequence; args
         come after its own. scores [B, H_q, slots] and totals [B, H_q, 2] receive what they are there."""
+        if isinstance(kv.k, LatentRows):
+            self._attend_latents(q, kv, out, rows, *args, far=far, scores=scores, totals=totals)
+            return
         (n_seq, n_head, d), n_head_kv = q.shape, kv.k.shape[1]
         check_heads(d, q, out)
         group, constants = n_head // n_head_kv, {**stores(kv), **constants}
@@ -111,6 +122,8 @@ class AttentionOps(BaseOps):
     ) -> Array:
         stop = start + len(q) if stop is None else stop
         check_chunk(q, kv, seq, start, window, stop, lse)
+        if isinstance(kv.k, LatentRows):
+            kv, seq = self._rebuilt(kv, seq, stop), 0
         (n, n_head, d), n_head_kv = q.shape, kv.k.shape[1]
         check_heads(d, q, *(() if lse is None else (lse,)))
         out, constants = self._buffer("chunk", q.shape), stores(kv)

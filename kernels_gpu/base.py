@@ -11,9 +11,10 @@ import numpy as np
 
 from minirt.ops import Array as DeviceArray
 from minirt.ops import Ops
-from minirt.stores import Store
+from minirt.stores import LatentStore, Store
 
 from .device import Array, Device
+from .latent_rows import allocate_latents
 from .rows import Rows, allocate_rows
 
 COPY_BYTES, COPIES = 1 << 30, 12
@@ -66,6 +67,8 @@ class BaseOps:
         return self.device.concatenate(list(parts))
 
     def allocate(self, store: Store, shape: tuple[int, int, int, int], factor: Any = None) -> Rows:
+        if isinstance(store, LatentStore):
+            return allocate_latents(self.device, store, shape, factor)
         return allocate_rows(self.device, store, shape)
 
     # -- launches ------------------------------------------------------------------------------------------------------

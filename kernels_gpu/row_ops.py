@@ -32,6 +32,8 @@ ROOM = 47 << 10  # bytes of shared memory that any card gives a block, beside wh
 
 
 class RowOps(BaseOps):
+    _q_and_latents: Any
+
     def __init__(self, *args: Any):
         super().__init__(*args)
         self._table: tuple[Tensor, Matrix] | None = None
@@ -62,6 +64,9 @@ class RowOps(BaseOps):
         check_qkv(x, layer, config, angles)
         n, d, n_head, n_head_kv = len(x), config.head_dim, config.n_head, config.n_head_kv
         out = self._products(x, (layer.wq, layer.wk, layer.wv), NORMED, layer.attn_norm, config.rms_eps)
+        if layer.k_factor is not None:
+            found: tuple[Array, Array, Array] = self._q_and_latents(out, layer, config, angles)
+            return found
         cos, sin = angles.values[0], angles.values[1]
         shapes = (("queries", n_head), ("keys", n_head_kv), ("values", n_head_kv))
         q, k, v = (self._own(name, (n, heads, d)) for name, heads in shapes)

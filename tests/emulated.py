@@ -58,6 +58,7 @@ class EmulatedDevice:
             function = self.host.compile(source_of(file), options=options, name=file).get_function(name)
 
             def launch(grid: Any, block: Any, *args: Any, shared: int = 0) -> None:
+                function.max_dynamic_shared_size_bytes = max(shared, function.max_dynamic_shared_size_bytes)
                 run = functools.partial(function, grid, block, args, shared_mem=shared)
                 if self._noted is None:
                     run()

@@ -13,12 +13,15 @@ import pytest
 from conftest import Cli
 from emulated import EmulatedDevice, emulated_ops
 from make_gguf import tiny_model
+from make_palu import make_palu
 
 import kernels_gpu
 from minirt import Llama
 from minirt.sampling import Sampling
 
 Load = Callable[..., Llama]
+PROMPT = list(range(20, 37))
+CODED = 2e-2  # of latents: what goes in differs a little, and is then rounded to few bits
 HALVES = 4e-3  # of prompts, whose products are made of halves: by the last layer
 
 
@@ -78,6 +81,17 @@ def test_recorded_steps_are_the_steps(on_card: Any, device: Any, tiny: Path, mon
     assert 1 <= len(captured) <= 4  # not one for each of 8 steps
     monkeypatch.setattr(device, "record", lambda step: (step(device), None))
     assert np.array_equal(recorded, logits())
+
+
+@pytest.mark.parametrize(("arch", "latent"), [("llama", "q4"), ("qwen2", "f16"), ("qwen3", "q3")])
+def test_latents(on_card: Any, tmp_path: Path, arch: str, latent: str) -> None:
+    """Palu; steps after the second are recorded."""
+    source = tiny_model(tmp_path / "source.gguf", arch=arch)
+    path = make_palu(source, tmp_path / "model.gguf", 2, latent=latent)
+    with on_card(path) as card, Llama.load(path, device="reference") as truth:
+        assert far_from(card.session.feed(PROMPT), truth.session.feed(PROMPT)) < CODED
+        for token in (9, 8, 7, 6):
+            assert far_from(card.session.step(token), truth.session.step(token)) < CODED
 
 
 def test_sequences_side_by_side(on_card: Any, tiny: Path) -> None:
