@@ -112,6 +112,7 @@ def variants_of(arch: int) -> dict[Variant, set[str]]:
         for spec in POLICIES:
             for kv in ("f16", "q8_0", "q4_0", "f32") if name == "smollm2" or spec == "dense" else ("f16",):
                 run(ops, c, w, spec, kv)
+    ops.top_k(np.zeros((1, 1, 64), np.float32), np.array([64], np.int32), 4)
     c = config(4, 4, 64)
     for kind in TYPES:
         for batch in (1, 2, 4, 8):
