@@ -14,9 +14,10 @@
 constexpr int WARPS = 8, THREADS = WARPS * WARP;
 constexpr int RUN = 16;
 constexpr int LISTED = 2048;  // tokens that may be looked through in shared memory; more are where they lie
-constexpr int OPEN = 1024;    // runs that are read after one look at the bounds
-constexpr int READ = GROUP > 8 ? 1 : 4;    // runs on their way to a half warp
-constexpr int TWICE = GROUP > 8 ? 1 : 2;   // the same of a thread that needs only what is noted of them
+constexpr int LOOK = 4;                          // bounds on their way to a thread
+constexpr int OPEN = LOOK * THREADS;             // runs that are read after one look at the bounds
+constexpr int READ = GROUP > 8 ? 1 : 4;          // runs on their way to a half warp
+constexpr int AHEAD = GROUP < 8 ? 8 / GROUP : 1;  // runs on their way to a thread that needs only what is noted of them
 
 // Where a token's logit stands: in the 4-bit index 16 tokens share 16 words, of which each is one thread's.
 DEVICE int token_at(int position) {
@@ -117,14 +118,14 @@ DEVICE void find_softmax(const Choice& c, int n, Chooser& s) {
     float high[GROUP], total[GROUP];
 #pragma unroll
     for (int g = 0; g < GROUP; g++) high[g] = -INFINITE, total[g] = 0.0f;
-#pragma unroll TWICE
+#pragma unroll AHEAD
     for (int i = threadIdx.x; i < runs; i += THREADS)
 #pragma unroll
         for (int g = 0; g < GROUP; g++) high[g] = fmaxf(high[g], c.runs[i64(g) * span + i].x);
     join_threads(high, s, [](float a, float b) { return fmaxf(a, b); });
     if (threadIdx.x < GROUP) s.high[threadIdx.x] = s.part[threadIdx.x][0];
     __syncthreads();
-#pragma unroll TWICE
+#pragma unroll AHEAD
     for (int i = threadIdx.x; i < runs; i += THREADS)
 #pragma unroll
         for (int g = 0; g < GROUP; g++) {
@@ -153,22 +154,24 @@ DEVICE u32 rank_at(const Choice& c, const Chooser& s, int position) {
     return order_of(rank);
 }
 
-// The runs of head 0 become bounds: what the best token of a run reaches, and what none exceeds. A run in which not all
-// are among the first n tokens bounds nothing. Returns a rank that m of the first n tokens reach.
+// What the best token of a run reaches, and what none exceeds. A run in which not all are among the first n tokens
+// bounds nothing.
+DEVICE float2 bounds_of(const Choice& c, int n, int run, const Chooser& s) {
+    if (token_at(RUN * run + RUN - 1) >= n) return make_float2(-INFINITE, INFINITE);
+    if (c.sums) return make_float2(c.sums[run], c.sums[run]);
+    float least = 0.0f, most = 0.0f;
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) {
+        const float p = probability(s, g, c.runs[i64(g) * (c.positions / RUN) + run].x);
+        least = fmaxf(least, p), most += p;
+    }
+    return make_float2(least, most);
+}
+
+// Bounds take the place of what was noted of head 0. Returns a rank that m of the first n tokens reach.
 DEVICE u32 find_bound(const Choice& c, int n, int m, Chooser& s) {
     const int runs = runs_of(n);
-    for (int i = threadIdx.x; i < runs; i += THREADS) {
-        float least = c.sums ? c.sums[i] : 0.0f, most = least;
-        if (!c.sums) {
-#pragma unroll
-            for (int g = 0; g < GROUP; g++) {
-                const float p = probability(s, g, c.runs[(i64(g) * c.positions) / RUN + i].x);
-                least = fmaxf(least, p), most += p;
-            }
-        }
-        const bool whole = token_at(RUN * i + RUN - 1) < n;
-        c.runs[i] = make_float2(whole ? least : -INFINITE, whole ? most : INFINITE);
-    }
+    for_each<AHEAD>(runs, [&](int i) { return bounds_of(c, n, i, s); }, [&](int i, float2 x) { c.runs[i] = x; });
     __syncthreads();
     if (runs < m) return 0;
     const auto key = [&](int i) { return u64(order_of(c.runs[i].x)) << 32; };
@@ -177,29 +180,38 @@ DEVICE u32 find_bound(const Choice& c, int n, int m, Chooser& s) {
 
 // Lists the tokens of the first n that reach the bound, and counts those that find no place.
 DEVICE void list_tokens(const Choice& c, int n, u32 bound, Chooser& s) {
-    const int runs = runs_of(n);
+    const int runs = runs_of(n), half_warp = threadIdx.x / RUN;
     if (threadIdx.x == 0) s.n_listed = 0;
     for (int first = 0; first < runs; first += OPEN) {
         if (threadIdx.x == 0) s.n_open = 0;
         __syncthreads();
-        for (int i = first + threadIdx.x; i < min(runs, first + OPEN); i += THREADS)
-            if (order_of(c.runs[i].y) >= bound) s.open[atomicAdd(&s.n_open, 1)] = i;
+        bool open[LOOK];
+#pragma unroll
+        for (int u = 0; u < LOOK; u++) {
+            const int i = first + u * THREADS + threadIdx.x;
+            open[u] = i < runs && order_of(c.runs[i].y) >= bound;
+        }
+#pragma unroll
+        for (int u = 0; u < LOOK; u++) {
+            const int at = place_in(&s.n_open, open[u]);
+            if (open[u]) s.open[at] = first + u * THREADS + threadIdx.x;
+        }
         __syncthreads();
-        for (int i = threadIdx.x / RUN; i < s.n_open; i += READ * (THREADS / RUN)) {
+        for (int i = 0; i < s.n_open; i += READ * (THREADS / RUN)) {
             int token[READ];
             u32 rank[READ];
 #pragma unroll
             for (int u = 0; u < READ; u++) {
-                const int at = i + u * (THREADS / RUN);
+                const int at = i + u * (THREADS / RUN) + half_warp;
                 const int position = at < s.n_open ? RUN * s.open[at] + int(threadIdx.x) % RUN : 0;
                 token[u] = at < s.n_open ? token_at(position) : n;
                 rank[u] = token[u] < n ? rank_at(c, s, position) : 0;
             }
 #pragma unroll
             for (int u = 0; u < READ; u++) {
-                if (token[u] >= n || rank[u] < bound) continue;
-                const int at = atomicAdd(&s.n_listed, 1);
-                if (at < LISTED) s.listed[at] = key_of(rank[u], token[u]);
+                const bool wanted = token[u] < n && rank[u] >= bound;
+                const int at = place_in(&s.n_listed, wanted);
+                if (wanted && at < LISTED) s.listed[at] = key_of(rank[u], token[u]);
             }
         }
         __syncthreads();

@@ -59,7 +59,7 @@ DEVICE u32 code_of(float x, float least, float inverse) {
 // Rows of k are in the cache already: the unit that ends with slot[i] of sequence seq[i] is written; row i of v goes into
 // the mean, if there is one. codes [B, H_kv, blocks, d, tokens / 8], scales [B, H_kv, blocks, d, tokens / UNIT, 2]. Grid
 // (N, H_kv).
-KERNEL __launch_bounds__(THREADS) append_codes(
+KERNEL __launch_bounds__(THREADS, 2) append_codes(
     u32* codes, u16* scales, int blocks, int tokens, u8* k_codes, u16* k_scales, i64 k_sequence, i64 k_head, float* mean,
     const int* seq, const int* slot, const float* v
 ) {

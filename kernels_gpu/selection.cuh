@@ -20,6 +20,28 @@ DEVICE u32 order_of(float x) {
 // Of equal numbers the one in the first place is the largest.
 DEVICE u64 key_of(u32 order, int place) { return u64(order) << 32 | ~u32(place); }
 
+// use(i, load(i)) for i < n, shared by the threads of a block; N loads are on their way at a time.
+template <int N, class Load, class Use>
+DEVICE void for_each(int n, const Load& load, const Use& use) {
+    for (int first = threadIdx.x; first < n; first += N * blockDim.x) {
+        decltype(load(0)) x[N];
+#pragma unroll
+        for (int u = 0; u < N; u++)
+            if (first + u * int(blockDim.x) < n) x[u] = load(first + u * blockDim.x);
+#pragma unroll
+        for (int u = 0; u < N; u++)
+            if (first + u * int(blockDim.x) < n) use(first + u * int(blockDim.x), x[u]);
+    }
+}
+
+// The next free place for each lane that wants one; a warp asks once. All lanes call.
+DEVICE int place_in(int* count, bool wanted) {
+    const u32 votes = __ballot_sync(ALL, wanted), before = votes & ((1u << lane_id()) - 1);
+    int first = 0;
+    if (lane_id() == 0 && votes) first = atomicAdd(count, __popc(votes));
+    return __shfl_sync(ALL, first, 0) + __popc(before);
+}
+
 struct Tally {
     int count[DIGITS], warps[WARP];
     int digit, above, within;  // that of the m-th largest; keys with larger ones, and with this one
@@ -51,11 +73,9 @@ DEVICE u64 least_of_largest(int n, int m, int digits, Tally& tally, const Key& k
         shift -= bits;
         for (int i = threadIdx.x; i < DIGITS; i += blockDim.x) tally.count[i] = 0;
         __syncthreads();
-#pragma unroll 4
-        for (int i = threadIdx.x; i < n; i += blockDim.x) {
-            const u64 its = key(i) >> shift;
-            if (its >> bits == found) atomicAdd(&tally.count[int(its) & ((1 << bits) - 1)], 1);
-        }
+        for_each<4>(n, key, [&](int, u64 its) {
+            if (its >> shift >> bits == found) atomicAdd(&tally.count[int(its >> shift) & ((1 << bits) - 1)], 1);
+        });
         __syncthreads();
         // Threads share the digits among them, the first threads the largest.
         const int own = DIGITS / blockDim.x, top = DIGITS - 1 - threadIdx.x * own;

@@ -73,7 +73,7 @@ DEVICE void score(const Choice& c, const u8* runs, int tokens, const Components&
 }
 
 // index [B, H_kv, blocks, D, tokens]; q [B, H_q, D]; of sequence b the first stop[b] tokens.
-KERNEL __launch_bounds__(THREADS, 2) approximate_top_k(
+KERNEL __launch_bounds__(THREADS, GROUP > 2 ? 2 : 4) approximate_top_k(
     const u8* index, int blocks, int tokens, const float* q, const int* stop, int r, int* done, CHOICE
 ) {
     __shared__ union {

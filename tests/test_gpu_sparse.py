@@ -10,19 +10,17 @@ import pytest
 import test_coded_index
 import test_sparse_ops
 from emulated import emulated_ops
-from test_ops import TRUTH, assert_close, normal
+from test_ops import NUMBERS, TRUTH, assert_close, normal
 from test_sparse_ops import assert_best, int32, until
 
 from kernels_gpu import sparse_ops
 from minirt.ops import INDEX_UNIT, KV
 from minirt.stores import STORES
 
-SEEDS = (0, 1)  # of the order in which blocks and threads run
 
-
-@pytest.fixture(scope="module", params=SEEDS)
-def ops(request: pytest.FixtureRequest) -> Any:
-    return emulated_ops(request.param)
+@pytest.fixture(scope="module")
+def ops() -> Any:
+    return emulated_ops()
 
 
 def on(device: Any, array: np.ndarray) -> Any:
@@ -77,9 +75,8 @@ def test_the_index_and_the_mean(ops: Any, store: str, n_head_kv: int, d: int) ->
     test_sparse_ops.test_means(ops, store, 0, n_head_kv, d)
 
 
-@pytest.mark.parametrize("store", ["q8_0", "q4_0-plain"])
-def test_means_of_blocks(ops: Any, store: str) -> None:
-    found = []
+def test_means_of_rotated_rows(ops: Any) -> None:
+    store, found = "q8_0", []
     for device in (ops, TRUTH):
         kv = KV(*(device.allocate(STORES[store], (1, 2, 40, 64)) for _ in range(2)))
         v, mean = normal(40, 2, 64), device.zeros((1, 2, 64), np.dtype(np.float32))
@@ -104,7 +101,7 @@ def test_a_mean_takes_rows_up_in_order(ops: Any) -> None:
 
 # store, H_q, H_kv, d, r
 CASES = [
-    ("f16", 2, 2, 64, 7), ("f16", 8, 2, 128, 33), ("f16", 16, 1, 80, 16), ("f16", 6, 3, 100, 100), ("f32", 7, 1, 8, 3),
+    ("f16", 4, 2, 64, 7), ("f16", 8, 2, 128, 33), ("f16", 16, 1, 80, 16), ("f16", 6, 3, 100, 100), ("f32", 7, 1, 8, 3),
 ]  # fmt: skip
 
 
@@ -163,7 +160,7 @@ def test_what_is_not_finite(ops: Any, bad: float) -> None:
 
 def test_nothing_is_left_over(ops: Any) -> None:
     """Of a call with more tokens, in scratch."""
-    q, k = normal(1, 4, 64), normal(1, 1, 900, 64).astype(np.float16)
+    q, k = normal(1, 2, 64), normal(1, 1, 900, 64).astype(np.float16)
     index = index_of(ops, k)
     for n in (900, 40, 300):
         assert_same_choice(ops, q, index, index_of(TRUTH, k), int32(n), 9, 20, 2)
@@ -184,11 +181,19 @@ def test_codes(ops: Any, store: str, n_head: int, n_head_kv: int, d: int, monkey
 
 @pytest.mark.parametrize(
     ("store", "n_head", "n_head_kv", "d"),
-    [("f16", 2, 2, 128), ("f16", 7, 1, 100), ("f32", 16, 1, 8), ("q8_0", 6, 2, 64), ("q4_0-plain", 3, 1, 96)],
+    [
+        ("f16", 2, 2, 128),
+        ("f16", 7, 1, 100),
+        ("f32", 16, 1, 8),
+        ("f16", 8, 1, 64),
+        ("q8_0", 6, 2, 64),
+        ("q4_0-plain", 3, 1, 96),
+    ],
 )
 def test_whole_keys_and_rows(ops: Any, store: str, n_head: int, n_head_kv: int, d: int) -> None:
     """With and without the mean; a sequence with fewer rows than k, and one with none."""
     stop, k, q, mean = int32(300, 20, 0), 33, normal(3, n_head, d), normal(3, n_head_kv, d, seed=4)
+    error = 3e-6 if store in NUMBERS else 5e-4  # on tensor cores, values that have codes are rounded to halves
     found = []
     for device in (ops, TRUTH):
         kv, _ = test_sparse_ops.cached(device, store, 3, n_head_kv, 300, d)
@@ -204,7 +209,7 @@ def test_whole_keys_and_rows(ops: Any, store: str, n_head: int, n_head_kv: int, 
     rows[0, :, 5], rows[1, :, 20:] = 0, 10**6  # in any order, and what does not count
     for blend in ((weights, mean), (None, None)):
         ours = ops.attend_rows(q, kv, ops.indices(rows), stop, *blend)
-        assert_close(ours, TRUTH.attend_rows(q, theirs, rows, stop, *blend), 3e-6)
+        assert_close(ours, TRUTH.attend_rows(q, theirs, rows, stop, *blend), error)
         assert not ours[2].any()
     ours = ops.add_rows(kv, ops.indices(rows), stop, weights, d)
     assert_close(ours, TRUTH.add_rows(theirs, rows, stop, weights, d), 3e-6)
@@ -212,4 +217,14 @@ def test_whole_keys_and_rows(ops: Any, store: str, n_head: int, n_head_kv: int, 
     without = np.delete(rows[:1], 7, axis=2), stop[:1] * 0 + k - 1
     one = KV(*(a[:1] for a in theirs))
     ours = ops.attend_rows(q, kv, ops.indices(rows), stop, None, None)
-    assert_close(ours[:1], TRUTH.attend_rows(q[:1], one, *without, None, None), 3e-6)
+    assert_close(ours[:1], TRUTH.attend_rows(q[:1], one, *without, None, None), error)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_in_another_order(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of blocks and of threads."""
+    ops = emulated_ops(seed)
+    test_the_best(ops, *CASES[1])
+    test_codes(ops, "q8_0", 2, 2, 64, monkeypatch)
+    test_whole_keys_and_rows(ops, "f16", 7, 1, 100)
+    test_more_equals_than_are_listed(ops, 5)
