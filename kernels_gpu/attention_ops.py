@@ -18,7 +18,7 @@ from .rows import Rows
 
 WARP = 32
 LEAST_ROWS = 128  # of a part of a sequence
-MOST_HEAD_DIM = 256
+MOST_HEAD_DIM, MOST_IN_TILES = 256, 128
 HALVES, TILES = (7, 5), (8, 0)  # capability from which tensor cores serve chunks, and decode steps
 
 
@@ -93,9 +93,7 @@ class AttentionOps(BaseOps):
         (n_seq, n_head, d), n_head_kv = q.shape, kv.k.shape[1]
         check_heads(d, q, out)
         group, constants = n_head // n_head_kv, {**stores(kv), **constants}
-        # One query head of each row of floats keeps no tensor core busy; codes are decoded faster for them.
-        alone = group == 1 and kv.k.kind == kv.v.kind == "f16"
-        tiles = self.device.capability >= TILES and in_halves(kv) and d % 8 == 0 and d <= 128 and not alone
+        tiles = self.device.capability >= TILES and in_halves(kv) and d % 8 == 0 and d <= MOST_IN_TILES
         reader = TENSOR if tiles else FLOAT
         heads, split = reader.heads(group)
         # As many for each sequence of a batch as it would have alone, so that its sums are the same.

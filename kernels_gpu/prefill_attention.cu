@@ -83,12 +83,13 @@ struct Tile {
                 most = fmaxf(most, fmaxf(fabsf(pair.x), fabsf(pair.y)));
             }
             most = max_over<4>(most);
-            const float power = most > 0.0f && most < INFINITE ? exp2f(floorf(log2f(most))) : 1.0f;
+            const float power = 1e-30f < most && most < INFINITE ? exp2f(floorf(log2f(most))) : 1.0f;
+            const float inverse = 1.0f / power;
             factor[i] = power * rsqrtf(float(D)) * LOG2_E;
 #pragma unroll
             for (int j = 0; j < D / 8; j++) {
                 const float2 pair = x[4 * j];
-                q[j / 2][j % 2 * 2 + i] = is ? two_halves(pair.x / power, pair.y / power) : 0;
+                q[j / 2][j % 2 * 2 + i] = is ? two_halves(pair.x * inverse, pair.y * inverse) : 0;
             }
             high[i] = LOWEST, total[i] = 0.0f;
         }

@@ -293,6 +293,13 @@ def test_rotation_by_hand() -> None:
 # -- cache -------------------------------------------------------------------------------------------------------------
 
 
+def attention_error(ops: Any, store: str, chunk: bool = False) -> float:
+    """A card multiplies a prompt's queries, keys and weights as halves, and rounds values of codes to them."""
+    if ops.name != "gpu" or store == "f32":
+        return 2e-6 if chunk else 1e-6
+    return 1e-3 if chunk else 3e-4 if STORES[store].length > 1 else 1e-6
+
+
 def filled(device: Any, store: str, n_seq: int, n_head_kv: int, slots: int, d: int) -> KV:
     kv = KV(*(device.allocate(STORES[store], (n_seq, n_head_kv, slots, d)) for _ in range(2)))
     for seq in range(n_seq):
@@ -311,7 +318,7 @@ def test_attend(ops: Any, store: str, n_head: int, n_head_kv: int, d: int, slots
     q = normal(3, n_head, d, seed=99) * 3
     ours = ops.to_host(ops.attend(q, filled(ops, store, 3, n_head_kv, slots, d), first, stop))
     truth = TRUTH.attend(q, filled(TRUTH, store, 3, n_head_kv, slots, d), first, stop)
-    assert_close(ours, truth)
+    assert_close(ours, truth, attention_error(ops, store))
     assert not ours[2].any()
 
 
@@ -326,7 +333,7 @@ def test_attend_chunk(
     q = normal(n, n_head, d, seed=99) * 3
     ours = ops.to_host(ops.attend_chunk(q, filled(ops, store, 2, n_head_kv, 80, d), 1, start, window))
     truth = TRUTH.attend_chunk(q, filled(TRUTH, store, 2, n_head_kv, 80, d), 1, start, window)
-    assert_close(ours, truth, 2e-6)
+    assert_close(ours, truth, attention_error(ops, store, True))
 
 
 @pytest.mark.parametrize("store", NUMBERS)
@@ -340,10 +347,11 @@ def test_attend_to_far_slots(ops: Any, store: str, n_head: int, n_head_kv: int, 
     for device in (ops, TRUTH):
         kv = filled(device, store, 4, n_head_kv, slots, d)
         outs.append(device.to_host(device.attend(q, kv, first, stop, Far(other, far))))
-    assert_close(*outs)
+    assert_close(*outs, attention_error(ops, store))
     assert not outs[0][3].any()
     same = ops.to_host(ops.attend(q, filled(ops, store, 4, n_head_kv, slots, d), first, stop, Far(q, first)))
-    assert_close(same, TRUTH.attend(q, filled(TRUTH, store, 4, n_head_kv, slots, d), 0 * stop, stop))
+    truth = TRUTH.attend(q, filled(TRUTH, store, 4, n_head_kv, slots, d), 0 * stop, stop)
+    assert_close(same, truth, attention_error(ops, store))
 
 
 CUT_CHUNKS = [
@@ -365,12 +373,13 @@ def test_attend_chunk_to_some_slots(
         some = KV(kv.k[:, :, 10:], kv.v[:, :, 10:])
         found.append((device.to_host(device.attend_chunk(q, some, 1, start, window, stop, lse)).copy(), lse))
     (ours, lse), (truth, true_lse) = found
+    error = attention_error(ops, store, True)
     if truth.any():
-        assert_close(ours, truth, 2e-6)
+        assert_close(ours, truth, error)
     empty = np.isneginf(true_lse)
     assert np.array_equal(np.isneginf(lse), empty)
     assert not ours[empty].any()
-    assert np.allclose(lse[~empty], true_lse[~empty], atol=2e-6, rtol=1e-6)
+    assert np.allclose(lse[~empty], true_lse[~empty], atol=5 * error, rtol=error / 2)
 
 
 @pytest.mark.parametrize(("start", "n"), [(40, 33), (0, 30), (10, 60)])
@@ -384,7 +393,8 @@ def test_joined_attention_is_the_whole(ops: Any, start: int, n: int) -> None:
         out = device.concatenate([device.attend_chunk(q, kv, 0, start, 0, min(20, start + n), lse)])
         other = device.concatenate([device.attend_chunk(q, late, 0, start - 20, 0, None, other_lse)])
         device.join_attention(out, lse, other, other_lse)
-        assert_close(device.to_host(out), TRUTH.attend_chunk(q, filled(TRUTH, "f16", 1, 2, 80, 64), 0, start), 2e-6)
+        truth = TRUTH.attend_chunk(q, filled(TRUTH, "f16", 1, 2, 80, 64), 0, start)
+        assert_close(device.to_host(out), truth, attention_error(device, "f16", True))
         nothing = device.zeros((n, 6, 64), np.dtype(np.float32))
         device.join_attention(nothing, lse * 0 - np.inf, 0 * other, lse * 0 - np.inf)
         assert not device.to_host(nothing).any()
