@@ -9,7 +9,7 @@
 #include "rebuilding.cuh"
 
 constexpr int HEADS = KV_HEADS * GROUP, HEAD_TILES = (HEADS + 15) / 16;  // query heads; in sixteens
-constexpr int M = TILE >= 32 ? 2 : 1, N = GROUP > 4 ? 4 : 8;             // of Rebuilt
+constexpr int M = TILE >= 32 ? 2 : 1, N = GROUP > 4 && AT_ONCE > 4 ? 4 : AT_ONCE;  // of Rebuilt
 constexpr int OF_HEAD = WARPS / KV_HEADS;                                 // warps
 constexpr int ROW_PARTS = TILE / (16 * M);
 constexpr int COLUMN_PARTS = OF_HEAD > ROW_PARTS ? OF_HEAD / ROW_PARTS : 1;  // of a head's numbers, each scored apart

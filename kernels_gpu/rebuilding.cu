@@ -1,11 +1,11 @@
 // Keys or values of a prompt, rebuilt from their latents as rows of halves: macros HEAD_DIM, ROW_BITS, OF_KEYS, TILE.
 #include "rebuilding.cuh"
 
-constexpr int M = TILE >= 32 ? 2 : 1, N = 8, ROW_PARTS = TILE / (16 * M);
+constexpr int M = TILE >= 32 ? 2 : 1, N = AT_ONCE, ROW_PARTS = TILE / (16 * M);
 
 // Slots 0 ... n - 1 of a sequence -> out [H_kv, span, d]; `heads` KV heads share a latent. Dynamic shared memory: a
 // tile and its turns. Grid (n / TILE rounded up, G), THREADS threads.
-KERNEL __launch_bounds__(THREADS) rebuild(LATENTS(x), FACTOR, int heads, int seq, int n, u16* out, i64 span) {
+KERNEL __launch_bounds__(THREADS, 1) rebuild(LATENTS(x), FACTOR, int heads, int seq, int n, u16* out, i64 span) {
     extern __shared__ __align__(16) u8 shared[];
     const Latents from = GIVEN_LATENTS(x);
     const Factor f = GIVEN_FACTOR;

@@ -12,6 +12,11 @@ using u64 = unsigned long long;
 constexpr int D = HEAD_DIM;
 constexpr int COLUMNS = (D + 7) / 8;  // of eight numbers, in a head
 constexpr int WARPS = 8, THREADS = WARPS * WARP;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750
+constexpr int AT_ONCE = 2;  // columns of a warp: what stands for tensor cores needs registers of its own
+#else
+constexpr int AT_ONCE = 8;
+#endif
 constexpr float RADIANS = 1.46291808e-9f;  // pi / 2^31
 
 // See factors.py.

@@ -19,10 +19,10 @@ from test_dequantize import random_tensor
 
 from kernels_gpu.device import source_of
 from kernels_gpu.ops import GpuOps
-from minirt.cache import allocate_cache
-from minirt.config import ModelConfig, RopeScaling
+from minirt.config import ModelConfig, PaluConfig, RopeScaling
 from minirt.decoder import Decoder
 from minirt.policies import parse_policy
+from minirt.rope import make_rope
 from minirt.stores import get_stores
 from minirt.weights import LayerWeights, Weights
 
@@ -30,6 +30,7 @@ ARCHS = (61, 75, 80, 87, 90)  # 61: with the wheels of CUDA 12 only
 SHAPES = {"7b": (32, 32, 128), "8b": (32, 8, 128), "smollm2": (9, 3, 64)}  # H_q, H_kv, d
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32", "IQ4_XS", "Q2_K", "Q3_K")
 POLICIES = ("dense", "sparq:k=64", "sparq:k=64:k_index=q4", "topk:k=64")
+LATENTS = {"7b": "latent-f16", "8b": "latent-q4"}
 Variant = tuple[str, tuple[tuple[str, Any], ...]]  # a file and its constants
 
 
@@ -92,11 +93,29 @@ def weights(ops: GpuOps, c: ModelConfig, kind: str) -> Weights:
     return Weights(output, [LayerWeights(attn_norm=norm, ffn_norm=norm, **none, **layer)], norm, output, None)
 
 
+def low_rank(ops: GpuOps, c: ModelConfig, w: Weights) -> tuple[ModelConfig, Weights]:
+    """The same model with half of the rank: three quarters of it of values."""
+    palu = PaluConfig(4, (c.head_dim,), (3 * c.head_dim,), "f16", False)
+    groups, rope = c.n_head_kv // palu.group_size, make_rope(c)
+    first, second = (
+        [random_tensor("F16", *shape) for shape in shapes]
+        for shapes in zip(
+            *(((groups * r, c.n_embd), (c.n_head_kv * c.head_dim, r)) for r in (palu.k_ranks[0], palu.v_ranks[0])),
+            strict=True,
+        )
+    )
+    c = replace(c, palu=palu)
+    factors = ops.factor(second[0], c, None, None, rope), ops.factor(second[1], c, None)
+    wk, wv = map(ops.matrix, first)
+    layer = replace(w.layers[0], wk=wk, wv=wv, k_factor=factors[0], v_factor=factors[1])
+    return c, replace(w, layers=[layer])
+
+
 def run(ops: GpuOps, c: ModelConfig, w: Weights, spec: str, kv: str, batch: int = 1) -> None:
     """A prompt, two steps, and some of it forgotten."""
     policy, n = parse_policy(spec), 600
     decoder = Decoder(c, w, ops, policy)
-    cache = allocate_cache(policy.plan(c, 1024, *get_stores(kv)), c, ops, batch, decoder.rope)
+    cache = decoder.new_cache(policy.plan(c, 1024, *get_stores(kv, c.palu)), batch)
     for seq in range(batch):
         decoder.prefill(cache, [1] * n, seq, logits="none")
     for _ in range(2):
@@ -113,6 +132,8 @@ def variants_of(arch: int) -> dict[Variant, set[str]]:
         for spec in POLICIES:
             for kv in ("f16", "q8_0", "q4_0", "f32") if name == "smollm2" or spec == "dense" else ("f16",):
                 run(ops, c, w, spec, kv)
+        if name in LATENTS:
+            run(ops, *low_rank(ops, c, w), "dense", LATENTS[name])
     c = config(4, 4, 64)
     for kind in TYPES:
         for batch in (1, 2, 4, 8) if kind in ("Q4_0", "Q6_K", "F16") else (1, 8):
