@@ -152,10 +152,11 @@ struct Reader {
                 score_rows(keys[u], score[u]);
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const int row = at + 8 * u + 2 * t + i, head = set() * HEADS + g;
-                    if (row >= end) score[u][i] = -INFINITE;
+                    const int row = at + 8 * u + 2 * t + i, slot = row < end ? slots.slot(row) : -1;
+                    const int head = set() * HEADS + g;
+                    if (slot < 0) score[u][i] = -INFINITE;
                     else if (SCORES && g < HEADS && head < cached.heads)
-                        cached.scores[i64(head) * cached.slots + slots.slot(row)] = score[u][i];
+                        cached.scores[i64(head) * cached.slots + slot] = score[u][i];
                 }
             }
             raise(score);
