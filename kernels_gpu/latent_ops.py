@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 WARPS, THREADS = 8, 256  # of rebuilding.cuh
 TILES = (64, 32, 16)  # slots that a block may rebuild at once
+STATIC = 16  # bytes of shared memory that kernels have besides what they are given
 LEAST_ROWS, WAVES = 128, 2  # of a part of a sequence; blocks of a multiprocessor that one sequence asks for
 
 
@@ -136,7 +137,7 @@ class LatentOps(BaseOps):
         counts = [n for n in range(min(WARPS, in_group), 0, -1) if in_group % n == 0]
         resident = [Shape(n, tile, 1) for n in counts for tile in TILES[:2]]
         for shape in (*resident, *(Shape(n, tile, 0) for tile in TILES for n in counts)):
-            if self._shared_bytes(kv, group, shape) <= self.device.shared_memory:
+            if self._shared_bytes(kv, group, shape) <= self.device.shared_memory - STATIC:
                 return shape
         raise ValueError(f"latents {kv.k.shape}, {kv.v.shape} do not fit the shared memory of {self.device.name}")
 
