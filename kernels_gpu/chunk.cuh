@@ -3,10 +3,9 @@
 // Query heads of a KV head are rows of one matrix: row r is head r % GROUP of token r / GROUP.
 #pragma once
 #include "rows.cuh"
+#include "softmax.cuh"
 
 constexpr int D = HEAD_DIM;
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
-constexpr float LOWEST = -1e30f;  // score of nothing: below all others, and finite, so that differences are numbers
 
 struct Chunk {
     int n, start, window, stop;  // tokens; the first one's slot; as in `attend_chunk` of minirt/ops.py
@@ -19,15 +18,5 @@ struct Chunk {
     }
 };
 
-// Row r of a chunk is done: what it has added up, its highest score and the sum of its weights 2^(score - highest).
-DEVICE float logarithm(float high, float total) { return total > 0.0f ? LN_2 * (high + log2f(total)) : -INFINITE; }
-
-DEVICE float power_of_2(float x) {
-#ifdef __CUDA_ARCH__
-    float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-    return power;
-#else
-    return exp2f(x);
-#endif
-}
+// Of the softmax's denominator.
+DEVICE float logarithm(float high, float total) { return total == 0.0f ? -INFINITE : LN_2 * (high + log2f(total)); }
