@@ -127,7 +127,8 @@ class AttentionOps(BaseOps):
         out, constants = self._buffer("chunk", q.shape), stores(kv)
         if constants["K_ROTATED"]:
             q = self._rotated(q, self._buffer("rotated queries", q.shape))
-        tensor_cores = self.device.capability >= HALVES and d % 16 == 0 and in_halves(kv)
+        since = HALVES if d <= MOST_IN_TILES else TILES  # older ones would run out of registers
+        tensor_cores = self.device.capability >= since and d % 16 == 0 and in_halves(kv)
         file, rows = ("prefill_attention.cu", 64) if tensor_cores else ("prefill_float.cu", 32)
         group = n_head // n_head_kv
         self._launch(

@@ -3,10 +3,9 @@
 // Query heads of a KV head are rows of one matrix: row r is head r % GROUP of token r / GROUP.
 #pragma once
 #include "rows.cuh"
+#include "softmax.cuh"
 
 constexpr int D = HEAD_DIM;
-constexpr float LN_2 = 0.693147181f;
-constexpr float LOWEST = -1e30f;  // score of nothing: below all others, and finite, so that differences are numbers
 
 struct Chunk {
     int n, start, window, stop;  // tokens; the first one's slot; as in `attend_chunk` of minirt/ops.py
@@ -19,5 +18,5 @@ struct Chunk {
     }
 };
 
-// Row r of a chunk is done: what it has added up, its highest score and the sum of its weights 2^(score - highest).
-DEVICE float logarithm(float high, float total) { return total > 0.0f ? LN_2 * (high + log2f(total)) : -INFINITE; }
+// Of the softmax's denominator.
+DEVICE float logarithm(float high, float total) { return total == 0.0f ? -INFINITE : LN_2 * (high + log2f(total)); }

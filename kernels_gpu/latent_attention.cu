@@ -7,6 +7,7 @@
 // 64), RESIDENT (whether the factor of these heads lies in shared memory), K_BITS, V_BITS. Grid (parts, G SPLIT, B),
 // where SPLIT blocks share the heads of a group; THREADS threads.
 #include "rebuilding.cuh"
+#include "softmax.cuh"
 
 constexpr int HEADS = KV_HEADS * GROUP, HEAD_TILES = (HEADS + 15) / 16;  // query heads; in sixteens
 constexpr int M = TILE >= 32 ? 2 : 1, N = GROUP > 4 && AT_ONCE > 4 ? 4 : AT_ONCE;  // of Rebuilt
@@ -15,7 +16,6 @@ constexpr int ROW_PARTS = TILE / (16 * M);
 constexpr int COLUMN_PARTS = OF_HEAD > ROW_PARTS ? OF_HEAD / ROW_PARTS : 1;  // of a head's numbers, each scored apart
 constexpr int WEIGHTS_PITCH = TILE + 8;
 constexpr int LEAST_ROWS = 128;  // of a part, if there are several
-constexpr float LOWEST = -1e30f;  // score of nothing: below all others, and finite, so that differences are numbers
 constexpr float LIFT = 10.0f;     // weights reach to 2^10: small ones are farther from where halves end
 
 // The shared memory of a block; see shared_bytes of latent_ops.py.

@@ -22,16 +22,38 @@ DEVICE uint4 as_halves(const Eight<STORE>& from) {
     }
 }
 
-// Slots begin ... begin + KEYS - 1 as halves; those from `end` on are 0.
+// Asks for slots begin ... begin + KEYS - 1 as halves, those from `end` on as 0; they are there after `arrived`.
 template <int STORE>
-DEVICE void load_rows(const Rows& rows, i64 first, int begin, int end, u16* to) {
+DEVICE void ask(const Rows& rows, i64 first, int begin, int end, u16* to) {
 #pragma unroll 4
-    for (int i = threadIdx.x; i < KEYS * (D / 8); i += THREADS) {
-        const int row = i / (D / 8), chunk = i % (D / 8);
+    for (int n = 0; n < (KEYS * (D / 8) + THREADS - 1) / THREADS; n++) {
+        const int i = n * THREADS + threadIdx.x, row = i / (D / 8), chunk = i % (D / 8);
+        if (KEYS * (D / 8) % THREADS && row >= KEYS) break;
+        u16* at = to + row * PITCH + 8 * chunk;
+        const i64 from = first + min(begin + row, end - 1);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+        if constexpr (STORE == F16) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(u32(__cvta_generic_to_shared(at))),
+                         "l"(rows.codes + from * ROW_BYTES<STORE, D> + 16 * chunk), "r"(begin + row < end ? 16 : 0)
+                         : "memory");
+            continue;
+        }
+#endif
         uint4 x = make_uint4(0, 0, 0, 0);
-        if (begin + row < end) x = as_halves(fetch<STORE, D>(rows, first + begin + row, chunk));
-        *reinterpret_cast<uint4*>(to + row * PITCH + 8 * chunk) = x;
+        if (begin + row < end) x = as_halves(fetch<STORE, D>(rows, from, chunk));
+        *reinterpret_cast<uint4*>(at) = x;
     }
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits, with all threads of the block, for all that was asked for but the last.
+DEVICE void arrived() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+#endif
+    __syncthreads();
 }
 
 // Two b of multiply_tiles at once from rows in shared memory. Keys: 16 numbers of 16 keys, b[2 i], b[2 i + 1] of keys
@@ -100,48 +122,58 @@ struct Tile {
         }
     }
 
-    // Takes up slots begin ... begin + KEYS - 1; hidden: some rows of the block do not see all of them.
-    DEVICE void take(const u16* keys, const u16* values, const Chunk& chunk, int first, int begin, bool hidden) {
-        float score[KEYS / 8][4];
+    // Products with KEYS keys: with `factor`, scores.
+    DEVICE void multiply(const u16* keys, float (&product)[KEYS / 8][4]) const {
 #pragma unroll
         for (int j = 0; j < KEYS / 16; j++) {
 #pragma unroll
-            for (int i = 0; i < 4; i++) score[2 * j][i] = score[2 * j + 1][i] = 0.0f;
+            for (int i = 0; i < 4; i++) product[2 * j][i] = product[2 * j + 1][i] = 0.0f;
 #pragma unroll
             for (int k = 0; k < D / 16; k++) {
                 u32 b[4];
                 load_tiles<false>(keys + 16 * j * PITCH + 16 * k, b);
-                multiply_tiles(score[2 * j], q[k], {b[0], b[1]});
-                multiply_tiles(score[2 * j + 1], q[k], {b[2], b[3]});
+                multiply_tiles(product[2 * j], q[k], {b[0], b[1]});
+                multiply_tiles(product[2 * j + 1], q[k], {b[2], b[3]});
             }
         }
-        float highest[2] = {high[0], high[1]};
-#pragma unroll
-        for (int j = 0; j < KEYS / 8; j++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                score[j][i] *= factor[i / 2];
-                const int slot = begin + 8 * j + 2 * (lane_id() % 4) + i % 2;
-                if (hidden && !chunk.sees(first + 8 * (i / 2), slot)) score[j][i] = -INFINITE;
-                highest[i / 2] = fmaxf(highest[i / 2], score[j][i]);
-            }
-        }
+    }
+
+    // Those with slots begin ... that their rows do not see become weightless.
+    DEVICE static void hide(float (&product)[KEYS / 8][4], const Chunk& chunk, int first, int begin) {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            highest[i] = max_over<4>(highest[i]);
-            const float less = power_of_2(high[i] - highest[i]);
-            high[i] = highest[i], total[i] *= less;
+            const int row = first + 8 * i, least = chunk.begin(row), end = chunk.end(row);
 #pragma unroll
-            for (int j = 0; j < D / 8; j++) sum[j][2 * i] *= less, sum[j][2 * i + 1] *= less;
+            for (int j = 0; j < KEYS / 4; j++) {
+                const int slot = begin + 8 * (j / 2) + 2 * (lane_id() % 4) + j % 2;
+                if (slot < least || slot >= end) product[j / 2][2 * i + j % 2] = -INFINITE;
+            }
         }
+    }
+
+    // Weights of row `first` + 8 i are relative to the highest of all its scores from here on.
+    DEVICE void raise(const float (&product)[KEYS / 8][4], int i) {
+        float most = -INFINITE;
+#pragma unroll
+        for (int j = 0; j < KEYS / 8; j++) most = fmaxf(most, fmaxf(product[j][2 * i], product[j][2 * i + 1]));
+        const float highest = fmaxf(high[i], max_over<4>(most) * factor[i]), less = power_of_2(high[i] - highest);
+        high[i] = highest;
+        if (!__any_sync(ALL, less != 1.0f)) return;
+        total[i] *= less;
+#pragma unroll
+        for (int j = 0; j < D / 8; j++) sum[j][2 * i] *= less, sum[j][2 * i + 1] *= less;
+    }
+
+    DEVICE void add(const u16* values, const float (&product)[KEYS / 8][4]) {
 #pragma unroll
         for (int j = 0; j < KEYS / 16; j++) {
             u32 weights[4];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                const int tile = 2 * j + i / 2, row = i % 2;
-                const float a = power_of_2(score[tile][2 * row] - high[row] + LIFT);
-                const float b = power_of_2(score[tile][2 * row + 1] - high[row] + LIFT);
+                const float(&two)[4] = product[2 * j + i / 2];
+                const int row = i % 2;
+                const float a = power_of_2(two[2 * row] * factor[row] - (high[row] - LIFT));
+                const float b = power_of_2(two[2 * row + 1] * factor[row] - (high[row] - LIFT));
                 total[row] += a + b;
                 weights[i] = two_halves(a, b);
             }
@@ -185,13 +217,27 @@ KERNEL __launch_bounds__(THREADS, 2) attend_chunk(
     const int first = low + threadIdx.x / WARP * 16 + lane_id() / 4;
     Tile tile;
     tile.begin(q, chunk, first);
-    const int end = chunk.end(high);
-    for (int at = chunk.begin(low) / KEYS * KEYS; at < end; at += KEYS) {
+    const i64 k_first = k.row(seq, blockIdx.y, 0), v_first = v.row(seq, blockIdx.y, 0);
+    const int end = chunk.end(high), begin = chunk.begin(low) / KEYS * KEYS;
+    if (begin < end) {
+        ask<K_STORE>(k, k_first, begin, end, keys);
+        ask<V_STORE>(v, v_first, begin, end, values);
+    }
+    // Keys of the next tile are on their way while values of this one are added up, and the other way round; the last
+    // tile asks for a row that nobody reads.
+    for (int at = begin; at < end; at += KEYS) {
+        float product[KEYS / 8][4];
+        const int next = min(at + KEYS, end - 1);
+        arrived();
+        tile.multiply(keys, product);
         __syncthreads();
-        load_rows<K_STORE>(k, k.row(seq, blockIdx.y, 0), at, end, keys);
-        load_rows<V_STORE>(v, v.row(seq, blockIdx.y, 0), at, end, values);
+        ask<K_STORE>(k, k_first, next, end, keys);
+        if (at < chunk.begin(high) || at + KEYS > chunk.end(low)) tile.hide(product, chunk, first, at);
+        tile.raise(product, 0), tile.raise(product, 1);
+        arrived();
+        tile.add(values, product);
         __syncthreads();
-        tile.take(keys, values, chunk, first, at, at < chunk.begin(high) || at + KEYS > chunk.end(low));
+        ask<V_STORE>(v, v_first, next, end, values);
     }
     tile.end(chunk, first, out, lse);
 }

@@ -9,11 +9,12 @@
 #include "cached.cuh"
 #include "mma.cuh"
 
-constexpr int WARPS = 4, THREADS = WARPS * WARP, BLOCKS = 3;  // blocks of a multiprocessor
+constexpr int WARPS = 4, THREADS = WARPS * WARP;
 constexpr int SETS = power_from((GROUP + 7) / 8), HEADS = (GROUP + SETS - 1) / SETS;  // sets of heads, heads of a warp
 constexpr int BLOCK_SETS = SETS < WARPS ? SETS : WARPS, BLOCK_HEADS = BLOCK_SETS * HEADS;
 constexpr bool SMALL = K_STORE == Q4_0 && V_STORE == Q4_0;
-constexpr int TILES = (D <= 64 ? 2 : 1) * (SMALL ? 2 : 1);  // of 16 rows, on their way to a warp
+constexpr int TILES = D > 64 ? 1 : SMALL ? 4 : 2;  // of 16 rows, on their way to a warp
+constexpr int BLOCKS = D > 64 && SMALL ? 4 : 3;     // of a multiprocessor, at least
 constexpr int READ = WARPS / BLOCK_SETS * 16 * TILES;
 constexpr int K_PARTS = (D + 31) / 32, V_PARTS = (D + 63) / 64;  // of a row, to which each lane of it has 8 numbers
 constexpr float LIFT = 10.0f;  // weights reach to 2^10: small ones are farther from where halves end
