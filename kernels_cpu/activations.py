@@ -1,7 +1,8 @@
-"""Activations as the integer dot products want them: 14 bits in two signed bytes, a scale for each 32 columns.
+"""Activations as the integer dot products want them: two signed bytes, a scale for each 32 columns.
 
-x = scale * (128 * high + low), high and low in -64 ... 63, so that two products with unsigned bytes fit 16 bits. The
-error, about 1e-4 of a typical value, is that of no weight's quantisation and less than a half-precision cache has.
+x = scale * (256 * high + low); or, where two products with unsigned bytes must fit 16 bits (see ir_vectors.dot_bytes),
+scale * (128 * high + low), high and low in -64 ... 63. The error, 2e-5 or 1e-4 of a typical value, is that of no
+weight's quantisation and less than a half-precision cache has.
 A block of 32 columns is one record of 96 bytes.
 """
 
@@ -20,6 +21,7 @@ from .ir_vectors import (
     I32,
     I64,
     LANES,
+    WIDE_BYTES,
     Value,
     across_lanes,
     at,
@@ -35,8 +37,8 @@ from .ir_vectors import (
 )
 
 BLOCK = 32  # columns
-RADIX = 7  # bits of the low part
-LARGEST = 63 * 128 + 63
+RADIX = 8 if WIDE_BYTES else 7  # bits of the low part
+LARGEST = (2 ** (RADIX - 1) - 1) * (2**RADIX + 1)
 
 HIGH, LOW, SCALE = 0, 32, 64  # byte offsets in a record
 SUMS = 68  # int32 of each half's integers, then float32 of each half's values
@@ -85,13 +87,17 @@ def _quantize_block(b: ir.IRBuilder, halves: list[Value], record: Value) -> None
             bound = constant(F32, limit)
             value = b.select(b.fcmp_unordered(sign, value, bound), bound, value)  # NaN too: it has no integer
         whole = b.fptosi(value, vector(I32))
-        high = b.ashr(b.add(whole, like(whole, 1 << (RADIX - 1))), like(whole, RADIX))
-        low = b.sub(whole, b.shl(high, like(high, RADIX)))
-        store(b, b.trunc(high, vector(I8)), at(b, record, HIGH + LANES * half))
-        store(b, b.trunc(low, vector(I8)), at(b, record, LOW + LANES * half))
+        for offset, part in zip((HIGH, LOW), split(b, whole), strict=True):
+            store(b, b.trunc(part, vector(I8)), at(b, record, offset + LANES * half))
         totals.append(across_lanes(b, whole, b.add))
         _store_sums(b, totals[half], scale, at(b, record, SUMS + 4 * half), at(b, record, SUMS + 8 + 4 * half))
     _store_sums(b, b.add(*totals), scale, at(b, record, WHOLE_SUMS), at(b, record, WHOLE_SUMS + 4))
+
+
+def split(b: ir.IRBuilder, whole: Value) -> tuple[Value, Value]:
+    """High and low parts of integers, each in as many bits as these."""
+    high = b.ashr(b.add(whole, like(whole, 1 << (RADIX - 1))), like(whole, RADIX))
+    return high, b.sub(whole, b.shl(high, like(high, RADIX)))
 
 
 def _store_sums(b: ir.IRBuilder, total: Value, scale: Value, whole: Value, exact: Value) -> None:

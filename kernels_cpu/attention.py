@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import numpy as np
 
+from .block_products import queries_for
 from .compiled import kernel
 from .crew import share
 from .pointers import address, copy_floats
 from .rows import encode_row
 from .softmax import exp, exp_row, row_maximum
 from .tiles import add_rows, score_rows
-from .unowned import unowned
+from .unowned import hold, unowned
 
 TILE = 64  # cached rows scored before their values are added; whole vectors, because score_rows rounds up to them
 TASKS = 8  # of attention in a decode step, if there are so many ...
@@ -77,7 +78,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
     for tile in range(begin, end, TILE):
         width = min(TILE, end - tile)
         for g in range(0, group, len(scored)):
-            score_rows(k, b, h, tile, width, q, head + g, scale, scores, g, vectors, scored)
+            score_rows(k, b, h, tile, width, q, head + g, scale, scores, g, v, 0, vectors, scored)
         for g in range(group):
             if columns > 0:
                 to = kept + 4 * ((b * n_head + head + g) * columns + tile)
@@ -89,7 +90,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
             for j in range(d):
                 own[0, g, j] *= shrink
         for g in range(0, group, len(summed)):
-            add_rows(v, b, h, tile, width, scores, own, 0, g, vectors, summed)
+            add_rows(v, b, h, tile, width, scores, own, 0, g, k, TILE, vectors, summed)
     for g in range(group):
         largest[task, g], total[task, g] = highs[g], masses[g]
         for j in range(d):
@@ -114,9 +115,11 @@ def attend(crew, q, k, v, first, stop, far, scale, vectors, scored, summed, out,
     sums = np.empty((tasks, group, d), np.float32)
     largest, total = np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
     columns = kept.shape[1]
-    of = (unowned(q), unowned(k), unowned(v), unowned(first), unowned(stop), unowned(far), scale, most)
+    queries = queries_for(k, q)
+    of = (unowned(queries), unowned(k), unowned(v), unowned(first), unowned(stop), unowned(far), scale, most)
     to = (unowned(sums), unowned(largest), unowned(total), address(kept), columns)
     share(crew, tasks, _attend_part, (*of, vectors, scored, summed, *to))
+    hold((queries,))
     for b in range(n_seq):
         for h in range(n_head):
             begin, g = (b * n_head_kv + h // group) * most, h % group

@@ -18,6 +18,7 @@ from numba.extending import intrinsic
 
 from minirt.ops import CODED_UNIT
 
+from .block_products import queries_for
 from .coded_index import PARTS, RUN
 from .compiled import kernel
 from .crew import share
@@ -199,7 +200,7 @@ def _score(  # type: ignore[no-untyped-def]
     for first in range(coded, end, ROWS):
         columns, n = logits[b, :, first:], min(ROWS, end - first)
         for g in range(h * group, (h + 1) * group, len(heads)):
-            score_rows(k, b, h, first, n, few, g, np.float32(1.0), columns, g, vectors, heads)
+            score_rows(k, b, h, first, n, few, g, np.float32(1.0), columns, g, k, ROWS, vectors, heads)
     finish_part(b, h, begin, end, stop, tokens, most, task, logits, *of)
 
 
@@ -221,12 +222,13 @@ def approximate_top_k(  # type: ignore[no-untyped-def]
     share(crew, n_seq * n_head_kv, _choose, (unowned(q), r, codes.strides[3], *chosen, unowned(few)))
     if rotated:
         rotate_rows(few, few, vectors)
+    queries = queries_for(k, few)
     tokens, most = part_tokens(stop, n_head_kv)
     tasks = n_seq * n_head_kv * most
     largest, total = np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
     unfinished, mode = parts_of_heads(stop, tokens, n_head_kv), OF_LOGITS if sum_logits else OF_PROBABILITIES
     of = (unowned(largest), unowned(total), unowned(unfinished), unowned(ranks), mode)
     of_head = (*of, local, unowned(rows), unowned(weights))
-    args = (unowned(codes), unowned(scales), unowned(k), unowned(few), unowned(stop), tokens, most, r, *chosen)
+    args = (unowned(codes), unowned(scales), unowned(k), unowned(queries), unowned(stop), tokens, most, r, *chosen)
     share(crew, tasks, _score, (*args, coded_heads, vectors, heads, unowned(logits), of_head))
-    hold((offsets, factors, few, largest, total, unfinished))
+    hold((offsets, factors, queries, largest, total, unfinished))

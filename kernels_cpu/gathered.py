@@ -11,14 +11,13 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .block_products import lesser, queries_for
 from .blocks import BY_RECORD
 from .compiled import kernel
 from .crew import share
 from .ir_vectors import (
-    F32,
     I32,
     I64,
     LANES,
@@ -26,14 +25,10 @@ from .ir_vectors import (
     at,
     into_array,
     load,
-    multiply_add,
     prefetch_line,
-    splat,
-    store,
-    vector,
 )
 from .softmax import exp, exp_row, row_maximum
-from .tiles import TransposedSum, cached_bytes, cached_vectors
+from .tiles import add_weighted, cached_bytes, each_of, score_all
 from .unowned import hold, unowned
 
 TILE = 64  # rows scored before their values are added; whole vectors, because score_listed rounds up to them
@@ -42,15 +37,43 @@ FEWEST = 32  # ... have so many rows
 AHEAD = 16  # rows of keys
 
 
-def _row_at(b: ir.IRBuilder, base: Value, rows: Value, row_bytes: Value, i: Value) -> Value:
-    """Where the row lies that stands at place i of the list."""
-    index = b.sext(load(b, at(b, rows, b.mul(i, I64(4))), I32), I64)
-    return at(b, base, b.mul(index, row_bytes))
+class _Listed:
+    """Rows of one head whose numbers a list holds, int32: n of them, of a list that goes on to place `end`."""
+
+    def __init__(self, b: ir.IRBuilder, base: Value, row_bytes: Value, size: int, listed: Value, n: Value, end: Value):
+        self.b, self.base, self.row_bytes, self.size, self.listed = b, base, row_bytes, size, listed
+        self.last, self.very_last = b.sub(n, I64(1)), b.sub(end, I64(1))
+
+    def row(self, i: Value, last: Value | None = None) -> Value:
+        b = self.b
+        place = lesser(b, i, self.last if last is None else last)
+        index = b.sext(load(b, at(b, self.listed, b.mul(place, I64(4))), I32), I64)
+        return at(b, self.base, b.mul(index, self.row_bytes))
+
+    def sixteen(self, start: Value) -> list[Value]:
+        return [self.row(self.b.add(start, I64(i))) for i in range(LANES)]
+
+    def ask(self, start: Value, count: int, part: Value, parts: int) -> None:
+        for i in range(count):
+            self._ask(self.row(self.b.add(start, I64(i + AHEAD)), self.very_last), part, parts, 1)
+
+    def _ask(self, row: Value, part: Value, parts: int, cache: int) -> None:
+        size = self.size // parts
+        for offset in range(0, size, 64):
+            prefetch_line(self.b, at(self.b, row, self.b.add(self.b.mul(part, I64(size)), I64(offset))), cache)
 
 
-def _ask_for(b: ir.IRBuilder, row: Value, size: int, cache: int) -> None:
-    for offset in range(0, size, 64):
-        prefetch_line(b, at(b, row, offset), cache)
+class _Keys(_Listed):
+    """Those, and the values that will be read after them."""
+
+    def __init__(self, *of: Any, values: _Listed):
+        super().__init__(*of)
+        self.values = values
+
+    def ask(self, start: Value, count: int, part: Value, parts: int) -> None:
+        super().ask(start, count, part, parts)
+        for i in range(count):
+            self.values._ask(self.values.row(self.b.add(start, I64(i))), part, parts, 2)
 
 
 @intrinsic
@@ -60,7 +83,7 @@ def score_listed(
 ) -> Any:  # fmt: skip
     """scores[to + g, 0 : n] = scale k[b, h, rows[b, h, first : first + n]] . q[b, head + g], g < len(heads).
 
-    n is rounded up to 16 by repeating the last row. Asks for the values v of these rows, and for keys up to place `end`
+    n is rounded up to 16. Asks for the values v of these rows, and for keys up to place `end`
     of the list. 16 len(vectors) = d.
     """
     (f, f_v), n_vectors, n_heads = (BY_RECORD[a.dtype] for a in (k, v)), len(vectors), len(heads)
@@ -72,33 +95,11 @@ def score_listed(
         listed, _, _ = into_array(context, b, signature.args[4], rows, seq, h, first)
         queries, _, (_, q_bytes, _) = into_array(context, b, signature.args[8], q, seq, head)
         target, _, (score_bytes, _) = into_array(context, b, signature.args[11], scores, to)
-        factor = splat(b, scale)
-        held = [
-            [
-                b.fmul(load(b, at(b, at(b, queries, b.mul(I64(g), q_bytes)), 64 * i), vector(F32)), factor)
-                for i in range(n_vectors)
-            ]
-            for g in range(n_heads)
-        ]
-        last, very_last = b.sub(n, I64(1)), b.sub(b.sub(end, first), I64(1))
-        with cgutils.for_range(b, b.udiv(b.add(n, I64(LANES - 1)), I64(LANES))) as loop:
-            start = b.mul(loop.index, I64(LANES))
-            sums = [TransposedSum(b) for _ in range(n_heads)]
-            for r in range(LANES):
-                i, later = b.add(start, I64(r)), b.add(start, I64(r + AHEAD))
-                i = b.select(b.icmp_signed("<", i, last), i, last)
-                later = b.select(b.icmp_signed("<", later, very_last), later, very_last)
-                _ask_for(b, _row_at(b, keys, listed, k_bytes, later), cached_bytes(f, n_vectors), 1)
-                _ask_for(b, _row_at(b, values, listed, v_bytes, i), cached_bytes(f_v, n_vectors), 2)
-                key = cached_vectors(b, f, _row_at(b, keys, listed, k_bytes, i), n_vectors)
-                for g in range(n_heads):
-                    total = b.fmul(key[0], held[g][0])
-                    for i in range(1, n_vectors):
-                        total = multiply_add(b, key[i], held[g][i], total)
-                    sums[g].add(total)
-            for g in range(n_heads):
-                place = at(b, at(b, target, b.mul(I64(g), score_bytes)), b.mul(start, I64(4)))
-                store(b, sums[g].result(), place)
+        to_end = listed, n, b.sub(end, first)
+        of_values = _Listed(b, values, v_bytes, cached_bytes(f_v, n_vectors), *to_end)
+        rows = _Keys(b, keys, k_bytes, cached_bytes(f, n_vectors), *to_end, values=of_values)
+        queries, targets = each_of(b, queries, q_bytes, n_heads), each_of(b, target, score_bytes, n_heads)
+        score_all(b, f, n, rows, queries, n_vectors, scale, targets)
         return context.get_dummy_value()
 
     i = types.int64
@@ -112,7 +113,7 @@ def add_listed(
 ) -> Any:  # fmt: skip
     """sums[i, to + g] += p[to + g, 0 : n] . v[b, h, rows[b, h, first : first + n]] for g < len(heads).
 
-    Asks for the values up to place `end` of the list. 16 len(vectors) = d.
+    Asks for the values up to place `end` of the list. n <= 64, and p has 64 columns; 16 len(vectors) = d.
     """
     f, n_vectors, n_heads = BY_RECORD[v.dtype], len(vectors), len(heads)
 
@@ -122,24 +123,9 @@ def add_listed(
         listed, _, _ = into_array(context, b, signature.args[3], rows, seq, h, first)
         weights, _, (p_bytes, _) = into_array(context, b, signature.args[7], p, to)
         target, _, (_, sum_bytes, _) = into_array(context, b, signature.args[8], sums, index, to)
-        places = [
-            [at(b, at(b, target, b.mul(I64(g), sum_bytes)), 64 * i) for i in range(n_vectors)] for g in range(n_heads)
-        ]
-        held = [[cgutils.alloca_once_value(b, load(b, place, vector(F32))) for place in row] for row in places]
-        very_last = b.sub(b.sub(end, first), I64(1))
-        with cgutils.for_range(b, n) as loop:
-            later = b.add(loop.index, I64(AHEAD))
-            later = b.select(b.icmp_signed("<", later, very_last), later, very_last)
-            _ask_for(b, _row_at(b, values, listed, v_bytes, later), cached_bytes(f, n_vectors), 1)
-            value = cached_vectors(b, f, _row_at(b, values, listed, v_bytes, loop.index), n_vectors)
-            for g in range(n_heads):
-                place = at(b, at(b, weights, b.mul(I64(g), p_bytes)), b.mul(loop.index, I64(4)))
-                weight = splat(b, load(b, place, F32))
-                for i in range(n_vectors):
-                    b.store(multiply_add(b, value[i], weight, b.load(held[g][i])), held[g][i])
-        for places_of_head, held_of_head in zip(places, held, strict=True):
-            for place, total in zip(places_of_head, held_of_head, strict=True):
-                store(b, b.load(total), place)
+        chosen = _Listed(b, values, v_bytes, cached_bytes(f, n_vectors), listed, n, b.sub(end, first))
+        heads = (each_of(b, *of, n_heads) for of in ((weights, p_bytes), (target, sum_bytes)))
+        add_weighted(b, f, n, chosen, *heads, n_vectors)
         return context.get_dummy_value()
 
     x = types.int64
@@ -174,10 +160,10 @@ def _attend_part(  # type: ignore[no-untyped-def]
     n_head_kv, group = k.shape[1], q.shape[1] // k.shape[1]
     b, h, begin = task // (parts * n_head_kv), task // parts % n_head_kv, task % parts * length
     end = min(begin + length, min(rows.shape[2], np.int64(stop[b])))
-    p, first = np.empty((group, TILE), np.float32), h * group
+    p, first, d = np.empty((group, TILE), np.float32), h * group, sums.shape[2]
     for g in range(group):
         largest[task, g], total[task, g], alpha[task, g] = -np.inf, 0.0, 0.0
-        for j in range(q.shape[2]):
+        for j in range(d):
             sums[task, g, j] = 0.0
     for tile in range(begin, end, TILE):
         n = min(TILE, end - tile)
@@ -188,7 +174,7 @@ def _attend_part(  # type: ignore[no-untyped-def]
             shrink = exp(largest[task, g] - high)
             largest[task, g] = high
             total[task, g] = total[task, g] * shrink + exp_row(p, g, 0, n, high)
-            for j in range(q.shape[2]):
+            for j in range(d):
                 sums[task, g, j] *= shrink
         for g in range(0, group, len(summed)):
             add_listed(v, b, h, rows, tile, n, tile + n, p, sums, task, g, vectors, summed)
@@ -216,9 +202,12 @@ def attend_rows(crew, q, k, v, rows, stop, scale, weights, mean, vectors, scored
     tasks = n_seq * n_head_kv * parts
     sums, state = np.empty((tasks, group, d), np.float32), np.empty((3, tasks, group), np.float32)
     largest, total, alpha = state[0], state[1], state[2]
-    of = (unowned(q), unowned(k), unowned(v), unowned(rows), unowned(stop), scale, parts, length, unowned(weights))
+    queries = queries_for(k, q)
+    chosen = (unowned(rows), unowned(stop), scale, parts, length, unowned(weights))
+    of = (unowned(queries), unowned(k), unowned(v), *chosen)
     to = (unowned(sums), unowned(largest), unowned(total), unowned(alpha))
     share(crew, tasks, _attend_part, (*of, vectors, scored, summed, *to))
+    hold((queries,))
     for b in range(n_seq):
         for h in range(n_head):
             first, g = (b * n_head_kv + h // group) * parts, h % group
@@ -250,9 +239,14 @@ def _add_part(v, rows, stop, parts, length, weights, vectors, summed, sums, task
     for g in range(group):
         for j in range(sums.shape[2]):
             sums[task, g, j] = 0.0
-    own = weights[b, h * group : (h + 1) * group, begin:]
-    for g in range(0, group if begin < end else 0, len(summed)):
-        add_listed(v, b, h, rows, begin, end - begin, end, own, sums, task, g, vectors, summed)
+    p = np.empty((group, TILE), np.float32)
+    for tile in range(begin, end, TILE):
+        n = min(TILE, end - tile)
+        for g in range(group):
+            for i in range(n):
+                p[g, i] = weights[b, h * group + g, tile + i]
+        for g in range(0, group, len(summed)):
+            add_listed(v, b, h, rows, tile, n, end, p, sums, task, g, vectors, summed)
 
 
 @kernel

@@ -35,6 +35,7 @@ from .ir_vectors import (
     I32,
     I64,
     LANES,
+    WIDE_BYTES,
     Value,
     at,
     bits,
@@ -55,7 +56,7 @@ from .isa import has
 from .panels import merged
 from .pointers import address
 
-HAS_WORDS = has("avx512vnni", "avx512bw") or has("avxvnni")
+HAS_WORDS = WIDE_BYTES  # the same instructions came together
 LARGEST = 32767
 PAIRS = BLOCK // 2
 SCALES, SUMS, BOTH = PAIRS, PAIRS + 1, PAIRS + 3  # rows of a record

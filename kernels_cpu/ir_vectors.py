@@ -20,6 +20,9 @@ F32, I8, I16, I32, I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntTy
 # Without these LLVM turns a half conversion into a library call that a JIT process may not have.
 HAS_HALF = has("f16c") or has("fullfp16") or has("fp-armv8")
 
+# Whether a product of bytes is added to 32 bits at once (see dot_bytes).
+WIDE_BYTES = has("avx512vnni", "avx512bw") or has("avxvnni")
+
 # A shuffle of 16 bytes by 16 indices has no word of its own in LLVM.
 SHUFFLE = "llvm.x86.ssse3.pshuf.b.128" if has("ssse3") else "llvm.aarch64.neon.tbl1.v16i8" if has("neon") else ""
 
@@ -209,9 +212,9 @@ def concatenate(b: ir.IRBuilder, parts: list[Value]) -> Value:
 
 
 def dot_bytes(b: ir.IRBuilder, total: Value, q: Value, x: Value) -> Value:
-    """total + the sum of four products in each of 16 int32 lanes: q holds 4 unsigned bytes, x 4 signed in -64 ... 63.
+    """total + the sum of four products in each of 16 int32 lanes: q holds 4 unsigned bytes, x 4 signed ones.
 
-    x is that small so that two products fit the signed 16 bits of AVX2's multiply-add.
+    Unless WIDE_BYTES, x lies in -64 ... 63, so that two products fit the signed 16 bits of AVX2's multiply-add.
     """
 
     def call(name: str, result: ir.Type, *args: Value) -> Value:

@@ -5,7 +5,7 @@ never depends on how many threads there are, so results do not either.
 
 Weights come as rows of `matrices`, int64 [n, 10], so that one compiled kernel serves every format: FUNCTION and
 FUNCTION_4 (`panel_function` for one and four rows of activations; 0: not there), ADDRESS of the panels, PANEL_BYTES,
-BLOCKS in a row, PANELS, QUANTIZED (whether it takes activations in 14 bits, the `codes`), DECODE (`decode_function`,
+BLOCKS in a row, PANELS, QUANTIZED (whether it takes activations as integers, the `codes`), DECODE (`decode_function`,
 or `pairs_function` if activations come as `pack_words` makes them), LENGTH of a block, and MULTIPLY (`tile_function`
 for such activations; else 0).
 """
@@ -76,7 +76,7 @@ def _gated_panels(gate, step, rows, x, x_bytes, codes, codes_bytes, out, up, out
 
 @kernel
 def _encode(matrices, x, codes):  # type: ignore[no-untyped-def]
-    """The 14-bit form of x, if one of the matrices wants it."""
+    """The integers of x, if one of the matrices wants it."""
     if matrices[:, QUANTIZED].any():
         for i in range(len(x)):
             quantize(x, i, codes)

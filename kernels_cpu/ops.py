@@ -104,7 +104,7 @@ class _Work:
     step: int  # panels in a task
     begins: list[int]  # columns of out where each product begins
     normed: np.ndarray  # scratch [N, n_in]
-    codes: np.ndarray  # scratch of a few rows: activations in 14 bits
+    codes: np.ndarray  # scratch of a few rows: activations as integers
     packed: np.ndarray  # scratch of many rows: activations in tiles
     out: np.ndarray  # scratch: all products [N, columns]
 

@@ -1,6 +1,6 @@
 """Panels of 16 rows as kernels see them: interleaving, dot products and decoding, compiled for each block format.
 
-A dot product works on integers, four columns an instruction where the CPU can, and on activations in 14 bits (see
+A dot product works on integers, four columns an instruction where the CPU can, and on activations in 14 or 16 bits (see
 `activations`): the weights are what memory must deliver, and no arithmetic may take longer than that.
 """
 
@@ -64,9 +64,9 @@ def merged(groups: Iterator[Group]) -> Iterator[Group]:
         yield same[0]._replace(q=[word for group in same for word in group.q])
 
 
-def _dot_blocks(b: ir.IRBuilder, f: Format, panel: Value, x: list[Value], totals: list[Value]) -> None:
+def dot_blocks(b: ir.IRBuilder, f: Format, rows: Panels, x: list[Value], totals: list[Value]) -> None:
     """Adds the product of one block of 16 rows and each row of activations x to the totals."""
-    for group in merged(f.decode(b, Panels(b, panel))):
+    for group in merged(f.decode(b, rows)):
         half = None if len(group.q) == BLOCK // 4 else group.start % BLOCK // LANES
         for row, total in zip(x, totals, strict=True):
             block = at(b, row, group.start // BLOCK * BLOCK_BYTES)
@@ -96,7 +96,7 @@ def _dot(b: ir.IRBuilder, f: Format, panel: Value, n: Value, x: list[Value]) -> 
             rows = [at(b, row, b.mul(loop.index, I64(f.length // BLOCK * BLOCK_BYTES))) for row in x]
             block = at(b, panel, b.mul(loop.index, I64(LANES * f.dtype.itemsize)))
             prefetch(b, block, LANES * f.dtype.itemsize)
-            _dot_blocks(b, f, block, rows, totals)
+            dot_blocks(b, f, Panels(b, block), rows, totals)
         return [b.load(total) for total in totals]
 
     chains = 2  # of sums for each row, because a multiply-add takes four cycles; the same however many rows there are

@@ -19,6 +19,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .block_products import queries_for
 from .blocks import BY_RECORD
 from .compiled import kernel
 from .crew import share
@@ -282,7 +283,7 @@ def _score_all(q, k, stop, scale, tokens, most, vectors, heads, logits, of, task
     for first in range(begin, end, ROWS):
         to, n = logits[b, :, first:], min(ROWS, end - first)
         for g in range(h * group, (h + 1) * group, len(heads)):
-            score_rows(k, b, h, first, n, q, g, scale, to, g, vectors, heads)
+            score_rows(k, b, h, first, n, q, g, scale, to, g, k, ROWS, vectors, heads)
     finish_part(b, h, begin, end, stop, tokens, most, task, logits, *of)
 
 
@@ -299,6 +300,7 @@ def exact_top_k(crew, q, k, stop, scale, vectors, heads, logits, ranks, rows, we
     unfinished = parts_of_heads(stop, tokens, n_head_kv)
     of = (unowned(largest), unowned(total), unowned(unfinished), unowned(ranks), OF_PROBABILITIES)
     of_head = (*of, 0, unowned(rows), unowned(weights))
-    args = (unowned(q), unowned(k), unowned(stop), scale, tokens, most, vectors, heads, unowned(logits))
+    queries = queries_for(k, q)
+    args = (unowned(queries), unowned(k), unowned(stop), scale, tokens, most, vectors, heads, unowned(logits))
     share(crew, tasks, _score_all, (*args, of_head))
-    hold((largest, total, unfinished))
+    hold((queries, largest, total, unfinished))

@@ -13,7 +13,7 @@ from kernels_cpu.integer_products import HAS_WORDS
 from minirt import Llama
 
 CASES = {case.name: case for case in golden.cases()}
-# Weights in blocks meet activations in 14 bits on the CPU, in 16 in a prompt (at most 1.3e-4 here).
+# Weights in blocks meet activations in 14 or 16 bits on the CPU (at most 1.3e-4 here).
 EXACT, ROUNDED = 2e-5, 1e-3
 WORDS = 3e-4 if HAS_WORDS else EXACT
 

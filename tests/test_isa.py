@@ -140,6 +140,9 @@ def check() -> None:
         ]
         for o, truth in zip(*results, strict=True):
             t.assert_close(o, truth)
+    for store in ("q8_0", "q4_0"):
+        outs = [device.attend(q, t.filled(device, store, 2, 2, 100, 64), 0 * stop, stop) for device in (ops, t.TRUTH)]
+        t.assert_close(*outs, t.rounding(store))
     if os.environ["MINIRT_ISA"] in ("portable", "avx2"):  # the others differ in products of integers
         scores_of_policies(ops)
     judge("\n".join(texts), X86[os.environ["MINIRT_ISA"]])

@@ -13,10 +13,11 @@ import test_eviction_ops as eviction
 import test_ops as attention
 import test_sparse_ops as sparse
 from conftest import Cli, only_line
-from test_ops import TRUTH, assert_close, normal
+from test_ops import INTEGERS, TRUTH, assert_close, codes_of, normal
 from test_policies import OPS, POLICY_TABLE, Run, cut, distance, random_qkv
 
 from kernels_cpu import CpuOps
+from kernels_cpu.activations import LARGEST
 from minirt.errors import UsageError
 from minirt.ops import KV
 from minirt.policies.evicting import Evicting
@@ -104,14 +105,50 @@ def test_the_rotation_helps_where_components_stand_out(name: str) -> None:
 @pytest.mark.parametrize("name", BLOCKS)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 def test_attention(ops: Any, name: str, heads: tuple[int, int, int]) -> None:
-    for slots in (1, 17, 300):
+    for slots in (1, 2, 17, 63, 64, 65, 300):
         attention.test_attend(ops, name, *heads, slots)
+    for slots in (1, 17, 300):
         attention.test_attend_to_far_slots(ops, name, *heads, slots)
     attention.test_attend_chunk(ops, name, *heads, 5, 70, 20)
     attention.test_attend_chunk(ops, name, *heads, 0, 33, 0)
     for slots in (1, 100):
         eviction.test_attend_weights(ops, name, *heads, slots)
     eviction.test_column_sums(ops, name, *heads, 5, 70)
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("heads", HEADS[1:3], ids=str)
+def test_only_queries_and_weights_are_rounded(ops: Any, name: str, heads: tuple[int, int, int]) -> None:
+    """With queries as their integers stand for them, scores are exact; a weight is off by half a unit at most."""
+    n_head, n_head_kv, d = heads
+    for n in (*range(1, 20), 128, 300):
+        q = normal(n_head, d, seed=n) * 10.0 ** np.random.RandomState(n).uniform(-2, 0.5, (n_head, 1))
+        q, stop, found = codes_of(q.astype(np.float32))[1][None], np.full(1, n, np.int32), []
+        for device in (ops, TRUTH):
+            kv = attention.filled(device, name, 1, n_head_kv, n, d)
+            weights = device.exact_top_k(q, kv, stop, n)[1]
+            found.append([device.to_host(a).copy() for a in (weights, device.attend(q, kv, 0 * stop, stop))])
+        (ours, out), (theirs, truth) = found
+        assert_close(ours, theirs, 5e-6)
+        unit = theirs.max(axis=2) * np.abs(STORES[name].decode(kv.v)).max() / LARGEST
+        assert (np.abs(out - truth).max(axis=2) <= n * unit / 2 + 2e-6).all()
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e9])
+def test_damage_shows_in_attention(ops: Any, name: str, bad: float) -> None:
+    """A block whose scale is NaN or infinite, of a key or of a value, wherever it lies; and only where it is seen."""
+    for part in ("k", "v"):
+        for n, slot in ((1, 0), (20, 17), (70, 3), (200, 199)):
+            rows = {"k": normal(n, 2, 64, seed=1), "v": normal(n, 2, 64, seed=2)}
+            rows[part][slot, 1, 40] = bad
+            kv, slots = KV(*(ops.allocate(STORES[name], (1, 2, n, 64)) for _ in range(2))), np.arange(n, dtype=np.int32)
+            ops.append(kv, 0 * slots, slots, rows["k"], rows["v"])
+            stop, q = np.full(1, n, np.int32), normal(1, 6, 64)
+            every = np.tile(slots, (1, 2, 1))
+            for out in (ops.attend(q, kv, 0 * stop, stop), ops.attend_rows(q, kv, every, stop, None, None)):
+                finite = np.isfinite(out).all(axis=2)
+                assert finite.tolist() == [[True] * 3 + [False] * 3], (part, n)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -152,7 +189,7 @@ def test_keys_and_values_of_different_types(ops: Any, kv: str) -> None:
         )
         found.append([device.to_host(out).copy() for out in outs])
     for ours, truth in zip(*found, strict=True):
-        assert_close(ours, truth, 2e-6)
+        assert_close(ours, truth, 2e-6 + INTEGERS)
 
 
 def test_the_reference_is_exact_but_for_what_is_stored() -> None:
@@ -181,20 +218,25 @@ def test_a_full_budget_is_dense(full: str, device: str, kv: str) -> None:
     for run in (ours, truth):
         run.prompt(cut(qkv, 0, prompt))
     a, b = (run.steps(cut(qkv, prompt, n)) for run in (ours, truth))
-    assert distance(a, b) <= 2e-6
+    assert distance(a, b) <= (2e-6 if device == "reference" else INTEGERS)
 
 
 @pytest.mark.parametrize("kv", ["q8_0", "q4_0"])
 @pytest.mark.parametrize("spec", POLICY_TABLE)
 def test_the_cpu_does_as_the_reference(spec: str, kv: str) -> None:
-    """A prompt and 80 steps: outputs, and which tokens are held. A merged row may be rounded to a neighbour."""
-    heads, error = (6, 2, 32), 1e-2 if "d2o" in spec else 2e-6
+    """A prompt and 80 steps: outputs, and which tokens are held. A merged row may be rounded to a neighbour.
+
+    Scores are off by the rounding of queries, so that of two rows as good as equal topk may read the other, in a step.
+    """
+    heads, error = (6, 2, 32), 1e-2 if "d2o" in spec else INTEGERS
     qkv = random_qkv(heads, 120, n_layer=2, seed=1)
     ours, truth = (Run(spec, OPS[device], heads, n_layer=2, kv=kv) for device in ("cpu", "reference"))
     assert distance(ours.prompt(cut(qkv, 0, 40)), truth.prompt(cut(qkv, 0, 40))) <= error
+    apart: list[int] = []
     for t in range(40, 120):
         a, b = (run.step(cut(qkv, t, t + 1)) for run in (ours, truth))
-        assert distance(a, b) <= error, t
+        apart += [t] if distance(a, b) > error else []
+    assert len(apart) <= (1 if "topk" in spec else 0), apart
     if isinstance(truth.policy, Evicting) and "d2o" not in spec:
         for layer in range(2):
             assert ours.positions(layer) == truth.positions(layer)
