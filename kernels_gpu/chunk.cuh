@@ -5,7 +5,7 @@
 #include "rows.cuh"
 
 constexpr int D = HEAD_DIM;
-constexpr float LOG2_E = 1.44269504f, LN_2 = 0.693147181f;
+constexpr float LN_2 = 0.693147181f;
 constexpr float LOWEST = -1e30f;  // score of nothing: below all others, and finite, so that differences are numbers
 
 struct Chunk {
@@ -21,13 +21,3 @@ struct Chunk {
 
 // Row r of a chunk is done: what it has added up, its highest score and the sum of its weights 2^(score - highest).
 DEVICE float logarithm(float high, float total) { return total > 0.0f ? LN_2 * (high + log2f(total)) : -INFINITE; }
-
-DEVICE float power_of_2(float x) {
-#ifdef __CUDA_ARCH__
-    float power;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
-    return power;
-#else
-    return exp2f(x);
-#endif
-}

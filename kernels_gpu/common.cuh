@@ -48,6 +48,20 @@ DEVICE float low_half(u32 pair) { return to_float(u16(pair)); }
 DEVICE float high_half(u32 pair) { return to_float(u16(pair >> 16)); }
 DEVICE u32 two_halves(float low, float high) { return u32(to_half(low)) | u32(to_half(high)) << 16; }
 
+// -- powers -----------------------------------------------------------------------------------------------------------
+
+constexpr float LOG2_E = 1.44269504f;
+
+DEVICE float power_of_2(float x) {
+#ifdef __CUDA_ARCH__
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
+#else
+    return exp2f(x);
+#endif
+}
+
 // -- warps and blocks -------------------------------------------------------------------------------------------------
 
 DEVICE int lane_id() { return threadIdx.x % WARP; }
