@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from .attention_ops import AttentionOps
+from .eviction_ops import EvictionOps
 from .row_ops import RowOps
 from .sparse_ops import SparseOps
 
 
-class GpuOps(RowOps, AttentionOps, SparseOps):
+class GpuOps(RowOps, AttentionOps, EvictionOps, SparseOps):
     """All that a model computes stays on the card; what comes back is logits."""
