@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,6 +14,7 @@ from cuda_host import HostDevice, missing_compiler
 from kernels_cpu import CpuOps
 from kernels_gpu.cuda import CudaDevice
 from kernels_gpu.device import source_of
+from kernels_gpu.rows import Rows, encoded
 from minirt.errors import ModelError
 from minirt.ops import Far
 
@@ -93,28 +94,38 @@ class EmulatedDevice:
 
 
 class FromHost:
-    """Ops of a card as tests of all devices call them: with NumPy arrays of float32, which are brought there and, since
-    an op may change them in place, back; results come back too, but for what a later op is meant to get."""
+    """Ops of a card as tests of all devices call them: with NumPy arrays, which are brought there and, since an op may
+    change them in place, back, if they are of float32 or numbers that a device finds; results come back too, but for
+    what a later op is meant to get."""
 
-    STAY = frozenset(("allocate", "zeros", "indices", "vector", "matrix", "table", "factor", "angles", "to_host"))
+    STAY = frozenset(("allocate", "zeros", "indices", "vector", "matrix", "table", "factor", "angles"))
+    FOUND: ClassVar = {  # arguments of int32 that are the device's
+        "overwrite": (1, 4), "evict": (1, 6), "argsort": (0,), "take": (0, 1), "copy_rows": (1,), "merge": (1,),
+        "merge_evicted": (1,),
+    }  # fmt: skip
 
     def __init__(self, ops: Any):
         self.ops, self.name = ops, ops.name
 
+    def to_host(self, array: Any) -> np.ndarray:
+        return encoded(self.ops.device, array) if isinstance(array, Rows) else self.ops.device.download(array)
+
     def __getattr__(self, name: str) -> Any:
         function = getattr(self.ops, name)
-        return function if name in self.STAY or not callable(function) else functools.partial(self._call, function)
+        return function if name in self.STAY or not callable(function) else functools.partial(self._call, name)
 
-    def _call(self, function: Any, *args: Any) -> Any:
-        device, moved = self.ops.device, []
+    def _call(self, name: str, *args: Any, **named: Any) -> Any:
+        device, found, moved = self.ops.device, self.FOUND.get(name, ()), []
 
-        def there(x: Any) -> Any:
-            if type(x) is np.ndarray and x.dtype == np.float32:
+        def there(x: Any, is_found: bool = False) -> Any:
+            if type(x) is np.ndarray and (x.dtype == np.float32 or is_found):
                 moved.append((x, device.upload(np.ascontiguousarray(x))))
                 return moved[-1][1]
             return x._replace(q=there(x.q)) if isinstance(x, Far) else x
 
-        result = function(*map(there, args))
+        result = getattr(self.ops, name)(
+            *(there(x, i in found) for i, x in enumerate(args)), **{key: there(x) for key, x in named.items()}
+        )
         for host, array in moved:
             host[...] = device.download(array)
         if isinstance(result, tuple):

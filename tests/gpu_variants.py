@@ -21,6 +21,7 @@ from kernels_gpu.device import source_of
 from kernels_gpu.ops import GpuOps
 from minirt.config import ModelConfig, PaluConfig, RopeScaling
 from minirt.decoder import Decoder
+from minirt.ops import KV, MergeRule
 from minirt.policies import parse_policy
 from minirt.rope import make_rope
 from minirt.stores import get_stores
@@ -31,6 +32,7 @@ SHAPES = {"7b": (32, 32, 128), "8b": (32, 8, 128), "smollm2": (9, 3, 64)}  # H_q
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32", "IQ4_XS", "Q2_K", "Q3_K")
 POLICIES = ("dense", "sparq:k=64", "sparq:k=64:k_index=q4", "topk:k=64")
 LATENTS = {"7b": "latent-f16", "8b": "latent-q4"}
+EVICTING = {"7b": "f32", "8b": "f16", "smollm2": "q8_0"}  # keys and values of shapes that H2O and D2O run on
 Variant = tuple[str, tuple[tuple[str, Any], ...]]  # a file and its constants
 
 
@@ -123,6 +125,15 @@ def run(ops: GpuOps, c: ModelConfig, w: Weights, spec: str, kv: str, batch: int 
     decoder.rewind(cache, 0, n - 10)
 
 
+def merge(ops: GpuOps, c: ModelConfig, kv: str) -> None:
+    """D2O's own calls: kept slots must be some, and those that a device finds which launches nothing are not."""
+    n, one, rule = 3000, np.ones(1, np.int32), MergeRule(0.7, 1.0, True, False)
+    layer = KV(*(ops.allocate(store, (1, c.n_head_kv, n, c.head_dim)) for store in get_stores(kv)))
+    heads = np.zeros((1, c.n_head_kv), np.int32)
+    ops.merge_evicted(layer, heads.T + np.arange(n // 3, dtype=np.int32), 4, heads[0].astype(np.float32), rule)
+    ops.merge(layer, heads, n * one, 4 * one, one, heads.astype(np.float32), rule)
+
+
 def variants_of(arch: int) -> dict[Variant, set[str]]:
     device = NotingDevice((arch // 10, arch % 10))
     ops = GpuOps(device)
@@ -134,6 +145,8 @@ def variants_of(arch: int) -> dict[Variant, set[str]]:
                 run(ops, c, w, spec, kv)
         if name in LATENTS:
             run(ops, *low_rank(ops, c, w), "dense", LATENTS[name])
+        run(ops, c, w, "h2o:budget=256", EVICTING[name])
+        merge(ops, c, EVICTING[name])
     c = config(4, 4, 64)
     for kind in TYPES:
         for batch in (1, 2, 4, 8) if kind in ("Q4_0", "Q6_K", "F16") else (1, 8):

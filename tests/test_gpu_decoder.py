@@ -145,3 +145,26 @@ def test_commands(card: None, cli: Cli, tiny: Path, tmp_path: Path) -> None:
         if command is perplexity:
             truth = json.loads(cli(*perplexity, "reference").stdout)["ppl"]
             assert json.loads(result.stdout)["ppl"] == pytest.approx(truth, rel=1e-3)
+
+
+POLICIES = [
+    "dense", "sparq:r=8:k=12", "sparq:r=8:k=12:reallocate=on:local=2:gqa=sum-logit", "topk:k=12", "window:budget=14",
+    "streaming:budget=14", "lm-infinite:budget=14", "h2o:budget=14", "tova:budget=14", "tova:budget=14:compress=stepwise",
+    "d2o:budget=14",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy(on_card: Any, tiny: Path, policy: str) -> None:
+    """A prompt beyond the budget, steps (of which all but the first are recorded), something forgotten, more steps."""
+    found = []
+    options = {"policy": policy, "kv": "f32"}
+    with on_card(tiny, **options) as card, Llama.load(tiny, **options, device="reference") as t:
+        for session in (card.session, t.session):
+            logits = [session.feed(list(range(20, 41)))]
+            logits += [session.step(token).copy() for token in (5, 6, 7, 8)]
+            logits.append(session.feed([*range(20, 41), 5, 6, 50, 51]))
+            logits += [session.step(token).copy() for token in (9, 10)]
+            found.append(np.array(logits))
+    for ours, truth in zip(*found, strict=True):
+        assert far_from(ours, truth) < HALVES

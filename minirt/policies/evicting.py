@@ -46,7 +46,7 @@ class Step(NamedTuple):
     room: np.ndarray  # slots: at `stop` = `room` one is evicted
     head: np.ndarray  # first slots that are not evicted
     before: np.ndarray  # positions from here on are not evicted
-    full: np.ndarray  # bool: stop = room
+    full: np.ndarray  # 1 where stop = room
     any_full: bool
 
 
@@ -153,7 +153,7 @@ class Evicting(BoundedPolicy):
                 continue
             room, stop = limit + np.int32(1), np.minimum(cache.n_seen, limit) + np.int32(1)
             head, newest = self._protected(cache, limit)
-            full = stop == room
+            full = (stop == room).astype(np.int32)
             steps.append(Step(stop, room, head, cache.n_seen + np.int32(1) - newest, full, bool(full.any())))
         return steps
 
