@@ -1,4 +1,4 @@
-"""Whole models on an emulated card against the reference."""
+"""Whole models on an emulated card, and on a real one if there is any, against the reference."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Cli
-from emulated import EmulatedDevice, emulated_ops
+from emulated import EmulatedDevice, device_ops, emulated_ops, has_card
 from make_gguf import tiny_model
 from make_palu import make_palu
 
@@ -23,9 +23,9 @@ Load = Callable[..., Llama]
 HALVES = 4e-3  # of prompts, whose products are made of halves: by the last layer
 
 
-@pytest.fixture(scope="module")
-def device() -> Any:
-    return emulated_ops().ops
+@pytest.fixture(scope="module", params=["emulated", "gpu"] if has_card() else ["emulated"])
+def device(request: pytest.FixtureRequest) -> Any:
+    return (emulated_ops() if request.param == "emulated" else device_ops("gpu")).ops
 
 
 @pytest.fixture
@@ -95,6 +95,17 @@ def test_latents(on_card: Any, tmp_path: Path, arch: str, latent: str, n: int) -
             assert far_from(card.session.step(token), truth.session.step(token)) < 2 * HALVES
 
 
+@pytest.mark.parametrize("policy", ["window:budget=14", "h2o:budget=14", "tova:budget=14"])
+def test_policies_over_latents(on_card: Any, tiny: Path, tmp_path: Path, policy: str) -> None:
+    path, found = make_palu(tiny, tmp_path / "model.gguf", 2, latent="f16"), []
+    with on_card(path, policy=policy) as card, Llama.load(path, policy=policy, device="reference") as truth:
+        for session in (card.session, truth.session):
+            logits = [session.feed(list(range(20, 41)))]
+            found.append([*logits, *(session.step(token).copy() for token in (9, 8, 7, 6))])
+    for ours, theirs in zip(*found, strict=True):
+        assert far_from(ours, theirs) < 2 * HALVES
+
+
 def test_sequences_side_by_side(on_card: Any, tiny: Path) -> None:
     prompts = [[5, 6, 7, 8], [9], list(range(30, 42))]
     with on_card(tiny) as card, Llama.load(tiny, device="reference") as truth:
@@ -106,7 +117,6 @@ def test_sequences_side_by_side(on_card: Any, tiny: Path) -> None:
 
 
 def test_out_of_memory_is_one_line(on_card: Any, device: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(device.device, EmulatedDevice)
     with on_card(tiny) as card:
         first = card.session.feed([5, 6, 7])
 
@@ -123,11 +133,12 @@ def test_out_of_memory_is_one_line(on_card: Any, device: Any, tiny: Path, monkey
 @pytest.fixture
 def card(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What --device gpu opens."""
-    monkeypatch.setattr(device.device, "memory", (512 << 20, 1 << 30))
+    if isinstance(device.device, EmulatedDevice):
+        monkeypatch.setattr(device.device, "memory", (512 << 20, 1 << 30))
     monkeypatch.setattr(kernels_gpu, "open_card", lambda: device)
 
 
-def test_commands(card: None, cli: Cli, tiny: Path, tmp_path: Path) -> None:
+def test_commands(card: None, device: Any, cli: Cli, tiny: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the hen in the inn " * 40)
     run = ("run", tiny, "-p", "the", "-n", "4", "--temp", "0", "--device", "gpu")
@@ -140,7 +151,7 @@ def test_commands(card: None, cli: Cli, tiny: Path, tmp_path: Path) -> None:
         assert result.stdout
         if command is bench:
             (first, *_) = json.loads(result.stdout)
-            assert (first["backends"], first["gpu_info"]) == ("CUDA", "emulated")
+            assert (first["backends"], first["gpu_info"]) == ("CUDA", device.device.name)
             assert first["memory_bytes_per_second"] > 0
         if command is perplexity:
             truth = json.loads(cli(*perplexity, "reference").stdout)["ppl"]
@@ -149,8 +160,8 @@ def test_commands(card: None, cli: Cli, tiny: Path, tmp_path: Path) -> None:
 
 POLICIES = [
     "dense", "sparq:r=8:k=12", "sparq:r=8:k=12:reallocate=on:local=2:gqa=sum-logit", "topk:k=12", "window:budget=14",
-    "streaming:budget=14", "lm-infinite:budget=14", "h2o:budget=14", "tova:budget=14", "tova:budget=14:compress=stepwise",
-    "d2o:budget=14",
+    "streaming:budget=14", "lm-infinite:budget=14:sinks=4", "h2o:budget=14", "tova:budget=14",
+    "tova:budget=14:compress=stepwise", "d2o:budget=14",
 ]  # fmt: skip
 
 
