@@ -34,7 +34,7 @@ struct Blended {
 
 // Row b of q attends the first stop[b] of rows [B, H_kv, k], which are among n_slots. weights [B, H_q, k] and mean [B,
 // H_kv, D]: see Blended.
-KERNEL __launch_bounds__(THREADS, BLOCKS) attend_rows(
+KERNEL __launch_bounds__(THREADS, TENSOR_CORES ? 2 : 1) attend_rows(
     ATTENTION, const int* rows, const int* stop, int k, int n_slots, const float* weights, const float* mean
 ) {
     __shared__ float alpha[GROUP];

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from emulated import device_ops, devices
 from test_ops import NUMBERS, TRUTH, assert_close, normal, rounding
 
 from kernels_cpu import CpuOps
@@ -21,9 +22,9 @@ CASES = [
 LENGTHS = [(1, 2, 3), (511, 512, 513), (3000, 1, 0), (1500, 2900, 64)]
 
 
-@pytest.fixture(scope="module", params=["cpu"])
+@pytest.fixture(scope="module", params=devices())
 def ops(request: pytest.FixtureRequest) -> Any:
-    return {"cpu": lambda: CpuOps(threads=2)}[request.param]()
+    return device_ops(request.param)
 
 
 def int32(*numbers: int) -> np.ndarray:
