@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 FOLDER = Path(__file__).parent
-INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
+INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$')
 STANDARD = 49152  # bytes of shared memory that a block may have without being granted more
 
 Array = Any  # cupy.ndarray; of the tests' device numpy.ndarray
@@ -64,13 +64,15 @@ class Device(Protocol):
 def source_of(file: str) -> str:
     """The text of a .cu file with the headers it includes in their places."""
 
-    def included(match: re.Match[str]) -> str:
-        name = match[1]
-        guard = f"INCLUDED_{name.removesuffix('.cuh').upper()}"
-        return f'#ifndef {guard}\n#define {guard}\n#line 1 "{name}"\n{expand(name)}\n#endif\n'
-
     def expand(name: str) -> str:
-        text = (FOLDER / name).read_text().replace("#pragma once\n", "\n")
-        return INCLUDE.sub(included, text)
+        lines = (FOLDER / name).read_text().replace("#pragma once\n", "\n").split("\n")
+        return "\n".join(included(line, name, number) for number, line in enumerate(lines, 1))
+
+    def included(line: str, by: str, number: int) -> str:
+        if not (match := INCLUDE.match(line)):
+            return line
+        guard = f"INCLUDED_{match[1].removesuffix('.cuh').upper()}"
+        text = f'#ifndef {guard}\n#define {guard}\n#line 1 "{match[1]}"\n{expand(match[1])}\n#endif'
+        return f'{text}\n#line {number + 1} "{by}"'
 
     return f'#line 1 "{file}"\n{expand(file)}'

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-from cuda_bench import Bench
+from cuda_bench import SEEDS, Bench
 from cuda_host import HostDevice, KernelError
 from cuda_host.build import compiler
 
@@ -47,6 +47,26 @@ def test_a_race_is_found(bench: Bench, body: str, message: str) -> None:
 def test_a_race_of_blocks_is_found(bench: Bench) -> None:
     bench.errors("a[0] += 1;", "a thread of another block wrote", block=(1,), grid=(2,))
     bench.errors("a[t] = a[t + n * (1 - blockIdx.x)];", "a thread of another block", block=(16,), grid=(2,))
+
+
+def test_the_last_block_waits_for_its_threads(bench: Bench) -> None:
+    body = """__shared__ bool last;
+    a[n * blockIdx.x + t] = 1;
+    __threadfence();
+    BARRIER
+    if (t == 0) last = atomicAdd(a + 63, 1) == -1 + int(gridDim.x);
+    __syncthreads();
+    int sum = 0;
+    for (int i = t; last && i < 60; i += n) sum += a[i];
+    __syncthreads();
+    if (last) a[t] = sum;"""
+    with_barrier, without = body.replace("BARRIER", "__syncthreads();"), body.replace("BARRIER", "")
+    bench.errors(without, "which a thread of another block wrote", block=(15,), grid=(4,))
+    function = bench(with_barrier)
+    for bench.device.seed in SEEDS:
+        a = bench.ints(64)
+        function((4,), (15,), (a,))
+        assert a.get()[:15].tolist() == [4] * 15
 
 
 def test_what_is_no_race(bench: Bench) -> None:

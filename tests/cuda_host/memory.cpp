@@ -6,6 +6,8 @@
 //    (the pattern "the last block sums up");
 //  - writes of the same value are no race, nor are atomic accesses among themselves (and volatile ones, in global
 //    memory, where they poll flags).
+// Not seen: an index beyond a thread's own array reached through a pointer, a fence that is missing after the atomic
+// operation, and shared arrays that the compiler happens to align better than their declaration asks.
 #include "machine.h"
 
 #include <dlfcn.h>
