@@ -18,6 +18,12 @@ def test_kernels_compile_and_spill_nothing(arch: int) -> None:
     assert not {name: used for name, used in found.items() if used.spill or used.local}
 
 
+def test_sources_are_in_the_wheel() -> None:
+    pyproject = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    suffixes = {path.suffix for path in Path(kernels_gpu.__file__).parent.iterdir() if path.is_file()} - {".py"}
+    assert all(f'"*{suffix}"' in pyproject for suffix in suffixes)
+
+
 def test_every_file_is_among_them() -> None:
     files = {path.name for path in Path(kernels_gpu.__file__).parent.glob("*.cu")}
     assert {file for file, _ in variants_of(90)} == files
