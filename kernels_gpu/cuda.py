@@ -64,6 +64,7 @@ class CudaDevice:
 
     def _allocated(self, make: Callable[..., Array], *args: Any) -> Array:
         """make(*args). ModelError if the card has no room, after which all that was there still is."""
+        self._stream.use()  # of this thread too: every pass through a model begins here
         try:
             return make(*args)
         except self._cupy.cuda.memory.OutOfMemoryError:
