@@ -155,11 +155,12 @@ def test_no_cache_at_all(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("setting", ["NUMBA_ENABLE_AVX=0", "NUMBA_CPU_NAME=generic"])
 def test_what_numba_is_told(tiny: Path, tmp_path: Path, setting: str) -> None:
-    """Fewer instructions, or another CPU (here: one without half-precision conversions), give the same result."""
+    """Fewer instructions, or another CPU (here: one without half-precision conversions), give the same result, but for
+    the bits that activations are rounded to: 14 instead of 16."""
     name, _, value = setting.partition("=")
     result = run(tiny, XDG_CACHE_HOME=str(tmp_path), **{name: value})
     assert result.returncode == 0, result.stderr
-    assert np.isclose(float(result.stdout), float(run(tiny).stdout), rtol=1e-4)
+    assert np.isclose(float(result.stdout), float(run(tiny).stdout), rtol=1e-3)
 
 
 def test_numba_told_not_to_compile(tiny: Path) -> None:

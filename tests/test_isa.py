@@ -118,7 +118,7 @@ def check() -> None:
             x, ours, theirs = t.normal(n, 256), np.zeros((n, 17), np.float32), np.zeros((n, 17), np.float32)
             ops.add_linear(ours, x, matrix)
             t.TRUTH.add_linear(theirs, x, truth)
-            t.assert_close(ours, theirs, t.allowed(name, n))
+            t.assert_close(ours, theirs, t.allowed(ops, name, n))
         assert np.array_equal(ops.embed(ops.table(tensor), rows), truth.values), name
     for n in (1, 5, 20):
         found, c = [], t.config(8, 2, 32)
