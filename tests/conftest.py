@@ -24,6 +24,14 @@ Cli = Callable[..., Result]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONGEST = ("test_isa.py", "test_gpu_variants.py", "test_compiled.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes comes first, so that no worker is left alone with it at the end."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model with a byte-level BPE vocabulary: 268 tokens, context 256."""
