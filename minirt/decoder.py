@@ -37,6 +37,10 @@ class Decoder:
         self.config, self.weights, self.ops, self.policy = config, weights, ops, policy
         self.rope = make_rope(config, weights.rope_freqs)
 
+    def under(self, policy: Policy) -> Decoder:
+        """The same model with another policy."""
+        return Decoder(self.config, self.weights, self.ops, policy)
+
     def new_cache(self, plan: CachePlan, n_sequences: int = 1) -> Cache:
         """An empty cache for this model."""
         factors = [(layer.k_factor, layer.v_factor) for layer in self.weights.layers]

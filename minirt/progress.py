@@ -90,3 +90,10 @@ class Progress:
         with contextlib.suppress(OSError, ValueError):  # closed since then: no reason to stop
             self.stream.write(text)
             self.stream.flush()
+
+
+def duration(seconds: float) -> str:
+    """As people say it: "2 h 5 min", "40 s"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

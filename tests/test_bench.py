@@ -18,7 +18,7 @@ from minirt import Llama, UsageError
 from minirt.bandwidth import available_memory, read_bandwidth
 from minirt.bench import Result, Workload, all_workloads, check_room, measure, record
 from minirt.cache import Cache
-from minirt.cli.bench import expand
+from minirt.cli.number_lists import expand
 from minirt.llama import bytes_per_token
 from minirt.policies.dense import Dense
 
@@ -36,8 +36,8 @@ OWN_FIELDS = [
 
 @pytest.fixture(autouse=True)
 def small_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("minirt.bandwidth.BUFFER_BYTES", 1 << 20)
-    monkeypatch.setattr("minirt.bandwidth.READ_SECONDS", 0.0)
+    monkeypatch.setattr("minirt.bandwidth.memory.BUFFER_BYTES", 1 << 20)
+    monkeypatch.setattr("minirt.bandwidth.memory.READ_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import click
 
 from ..errors import ModelError, UsageError
 from ..version import __version__
+from .bandwidth import bandwidth
 from .bench import bench
 from .chat import chat
 from .eval import evaluate
@@ -114,5 +115,5 @@ def main(ctx: click.Context) -> None:
         click.echo(ctx.get_help())
 
 
-for _command in (chat, run, info, bench, perplexity, evaluate, palu, tokenize, warmup):
+for _command in (chat, run, info, bench, bandwidth, perplexity, evaluate, palu, tokenize, warmup):
     main.add_command(_command)

@@ -6,15 +6,13 @@ import contextlib
 import csv
 import io
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import click
 
 Record = dict[str, Any]  # of minirt.bench.record
 FORMATS = ("md", "csv", "json", "jsonl")
-
-_NESTED = ("policy_parameters", "samples_ns", "samples_ts")  # which a cell of a table cannot hold
 
 
 class Column(NamedTuple):
@@ -49,6 +47,14 @@ def open_output(kind: str, optional: Collection[str], policy_width: int = 0) -> 
 
     optional: which of the columns policy, kv and batch the Markdown table has. policy_width: of the longest policy.
     """
+    columns = [c for c in _COLUMNS if c.title not in OPTIONAL or c.title in optional]
+    with open_table(kind, columns, policy_width) as write:
+        yield write
+
+
+@contextlib.contextmanager
+def open_table(kind: str, columns: Sequence[Column], policy_width: int = 0) -> Iterator[Callable[[Record], None]]:
+    """`open_output` for records of other kinds, with the columns that their Markdown table has."""
     if kind == "json":
         records: list[Record] = []
         try:
@@ -61,7 +67,6 @@ def open_output(kind: str, optional: Collection[str], policy_width: int = 0) -> 
     elif kind == "csv":
         yield _Csv()
     else:
-        columns = [c for c in _COLUMNS if c.title not in OPTIONAL or c.title in optional]
         yield Markdown([c._replace(width=max(c.width, policy_width)) if c.title == "policy" else c for c in columns])
 
 
@@ -71,7 +76,7 @@ class _Csv:
     begun = False
 
     def __call__(self, record: Record) -> None:
-        row = {name: value for name, value in record.items() if name not in _NESTED}
+        row = {name: value for name, value in record.items() if not isinstance(value, (dict, list))}
         text = io.StringIO()
         writer = csv.DictWriter(text, row, lineterminator="\n")
         if not self.begun:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..progress import Progress
+from ..progress import Progress, duration
 from .bench_output import FORMATS
-from .eval_output import check_writable, open_table, save_plot
+from .eval_output import check_writable, open_results, save_plot
 from .options import KV_DEFAULT, KV_HELP, Engine, model_argument
 from .policy_flags import PolicyCommand
 from .terminal import read_file
@@ -172,7 +172,7 @@ def _run(
     missing = [e for task, policy in cells for e in setup.missing(task.name, policy, results)]
     clock, records = _Clock(missing), []
     width = max(len(policy) for _, policy in cells)
-    with open_table(output, width) as write, Progress("", " tokens") as progress:
+    with open_results(output, width) as write, Progress("", " tokens") as progress:
         for task, policy in cells:
             progress.label = f"{task.name}, {policy}: {clock}"
             try:
@@ -204,14 +204,8 @@ class _Clock:
         if not self.cost_done:
             return text
         left = (time.perf_counter() - self.begun) / self.cost_done * (self.total - self.cost_done)
-        return f"{text}, about {_duration(left)} left"
+        return f"{text}, about {duration(left)} left"
 
 
 def _cost(example: Example) -> int:
     return len(example.prompt) + STEP * example.n_gen
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import ModelError
 from ..files import whole_file
-from .bench_output import Column, Markdown, open_output
+from .bench_output import Column, open_table
 
 Record = dict[str, Any]  # of minirt.eval.grid.record
 
@@ -27,14 +27,9 @@ _COLUMNS = (
 )
 
 
-@contextlib.contextmanager
-def open_table(kind: str, policy_width: int) -> Iterator[Callable[[Record], None]]:
+def open_results(kind: str, policy_width: int) -> contextlib.AbstractContextManager[Callable[[Record], None]]:
     """Yields a function that prints one record: a line of a Markdown table (md), or as `minirt bench` does."""
-    if kind == "md":
-        yield Markdown([c._replace(width=max(c.width, policy_width)) if c.title == "policy" else c for c in _COLUMNS])
-    else:
-        with open_output(kind, ()) as write:
-            yield write
+    return open_table(kind, _COLUMNS, policy_width)
 
 
 def _mean(mean: float | None, error: float | None, sign: str = "") -> str:

@@ -89,7 +89,7 @@ def engine_options(n_ctx: int = 0, templates: bool = True) -> Callable[[Command]
         options.append(
             _option("--chat-template", str, None, "A Jinja template, not the file's own.", metavar="FILE|TEXT")
         )
-    return _gather("engine", options, _engine, ["flags"])
+    return gather("engine", options, _engine, ["flags"])
 
 
 def _engine(
@@ -120,7 +120,7 @@ def sampling_options(command: Command) -> Callable[..., Any]:
 
         return Sampling(seed=None if seed == -1 else seed, **values)
 
-    return _gather("sampling", options, make)(command)
+    return gather("sampling", options, make)(command)
 
 
 def answer_options(n: int, n_help: str, n_default: str) -> Callable[[Command], Callable[..., Any]]:
@@ -142,7 +142,7 @@ def _option(names: str, kind: type, default: Any, text: str, shown: str = "", **
     return click.option(*names.split(), type=kind, default=default, help=text, **more)
 
 
-def _gather(
+def gather(
     name: str, options: list[Callable], make: Callable[..., Any], others: Sequence[str] = ()
 ) -> Callable[[Command], Callable[..., Any]]:
     """A decorator that adds options and hands them to the command as one value, `name` = make(**options).

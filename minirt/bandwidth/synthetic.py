@@ -1,0 +1,149 @@
+"""Models and caches of random numbers: the speed of any shape, without a file. They are of no use for quality."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..cache import Cache
+from ..config import ModelConfig, RopeScaling
+from ..errors import UsageError
+from ..gguf_file import TENSOR_TYPES, Tensor
+from ..ops import Array, Ops
+from ..policies import Policy
+from ..policies.base import BoundedPolicy
+from ..session import PREFILL_CHUNK, prompt_chunks
+from ..weights import LayerWeights, Weights
+
+ROWS = 64  # random rows of a matrix; the others repeat them
+SCALE = 0.02  # of quantised blocks
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a Llama."""
+
+    n_layer: int
+    n_embd: int
+    n_head: int
+    n_head_kv: int
+    head_dim: int
+    n_ff: int
+    n_vocab: int
+
+
+SHAPES = {
+    "7b": Shape(32, 4096, 32, 32, 128, 11008, 32000),
+    "8b-gqa": Shape(32, 4096, 32, 8, 128, 14336, 128256),
+    "llama-1b": Shape(16, 2048, 32, 8, 64, 8192, 128256),
+    "smollm2-135m": Shape(30, 576, 9, 3, 64, 1536, 49152),
+    "tiny": Shape(2, 256, 4, 2, 64, 512, 512),
+}
+TYPES = ("F16", "Q8_0", "Q4_0")  # of random weights
+
+
+def config_of(shape: str | Shape, layers: int | None = None) -> ModelConfig:
+    """A Llama of a shape, with fewer layers or as many as it has."""
+    if isinstance(shape, str):
+        if shape not in SHAPES:
+            raise UsageError(f"unknown shape '{shape}' (one of: {', '.join(SHAPES)})")
+        name, s = shape, SHAPES[shape]
+    else:
+        name, s = "random", shape
+    return ModelConfig(
+        architecture="llama", name=name, n_layer=s.n_layer if layers is None else layers, n_embd=s.n_embd,
+        n_head=s.n_head, n_head_kv=s.n_head_kv, head_dim=s.head_dim, n_ff=s.n_ff, n_vocab=s.n_vocab,
+        n_ctx_train=1 << 20, rms_eps=1e-5, rope_base=1e4, rope_dim=s.head_dim, rope_scaling=RopeScaling("none"),
+        rope_interleaved=True, sliding_window=0, palu=None,
+    )  # fmt: skip
+
+
+def weights_of(ops: Ops, config: ModelConfig, kind: str, seed: int = 0) -> Weights:
+    """Random weights of one type of TYPES on a device; no two layers share memory."""
+    rng = np.random.default_rng(seed)
+
+    def matrix(n_out: int, n_in: int) -> Any:
+        return ops.matrix(_tensor(rng, kind, n_out, n_in))
+
+    c = config
+    q, kv, n, ff = c.n_head * c.head_dim, c.n_head_kv * c.head_dim, c.n_embd, c.n_ff
+    shapes = {"wq": (q, n), "wk": (kv, n), "wv": (kv, n), "wo": (n, q)}
+    shapes |= {"w_gate": (ff, n), "w_up": (ff, n), "w_down": (n, ff)}
+    none = dict.fromkeys(("bq", "bk", "bv", "q_norm", "k_norm"))
+    norm = ops.vector(np.ones(n, np.float32))
+    layers = [
+        LayerWeights(attn_norm=norm, ffn_norm=norm, **none, **{x: matrix(*shape) for x, shape in shapes.items()})
+        for _ in range(c.n_layer)
+    ]
+    return Weights(ops.table(_tensor(rng, kind, c.n_vocab, n)), layers, norm, matrix(c.n_vocab, n), None)
+
+
+def weight_bytes(config: ModelConfig, kind: str) -> int:
+    """Bytes of what `weights_of` makes, about."""
+    c, t = config, TENSOR_TYPES[kind]
+    heads = 2 * (c.n_head + c.n_head_kv) * c.head_dim
+    numbers = c.n_layer * c.n_embd * (heads + 3 * c.n_ff) + 2 * c.n_vocab * c.n_embd
+    return numbers // t.block_size * t.block_bytes
+
+
+def _tensor(rng: np.random.Generator, kind: str, n_out: int, n_in: int) -> Tensor:
+    """A matrix whose products with normal numbers are about as large as these."""
+    t, rows = TENSOR_TYPES[kind], min(ROWS, n_out)
+    if n_in % t.block_size:
+        raise UsageError(f"{kind} takes rows of a multiple of {t.block_size} numbers, not {n_in}")
+    if kind == "F16":
+        some = (rng.standard_normal((rows, n_in)) / n_in**0.5).astype(np.float16).view(np.uint8)
+    else:
+        some = rng.integers(0, 256, (rows, n_in // t.block_size, t.block_bytes), np.uint8)
+        some[:, :, :2] = np.frombuffer(np.float16(SCALE / n_in**0.5).tobytes(), np.uint8)
+    row_bytes = n_in // t.block_size * t.block_bytes
+    return Tensor("random", t, (n_out, n_in), np.resize(some.reshape(rows, row_bytes), (n_out, row_bytes)))
+
+
+def random_heads(ops: Ops, rng: np.random.Generator, n: int, config: ModelConfig) -> tuple[Array, Array, Array]:
+    """Queries, keys and values of n tokens: normal numbers [n, heads, d]."""
+    heads = config.n_head, config.n_head_kv, config.n_head_kv
+    q, k, v = (ops.vector(rng.standard_normal((n, h, config.head_dim), np.float32)) for h in heads)
+    return q, k, v
+
+
+def fill(ops: Ops, cache: Cache, policy: Policy, config: ModelConfig, depth: int, seed: int = 0) -> None:
+    """Makes every sequence one of `depth` random tokens, as the policy would keep them.
+
+    A policy that keeps all tokens is not asked for their attention, which nobody needs. One with a budget gets twice as
+    many as it holds, if the depth is more, and the same in every sequence: then it is full, and a step costs what it
+    costs at any depth.
+    """
+    rng = np.random.default_rng(seed)
+    keeps_all = not isinstance(policy, BoundedPolicy)
+    using: Any = _Unattended(ops) if keeps_all else ops
+    depth = depth if keeps_all else min(depth, 2 * max(cache.plan.slots, default=0))
+    shape = (min(depth, PREFILL_CHUNK if keeps_all else depth), config.n_head_kv, config.head_dim)
+    rows = rng.standard_normal((2, *shape), np.float32)
+    for seq in range(len(cache.n_seen)):
+        if seq and not keeps_all:
+            cache.move(0, seq)
+            continue
+        for start, stop in prompt_chunks(policy, 0, depth):
+            for layer in range(config.n_layer):
+                signs = rng.integers(0, 2, (2, *shape[1:])).astype(np.float32) * 2 - 1  # no two chunks are the same
+                k, v = (ops.vector(a) for a in rows[:, : stop - start] * signs[:, None])
+                q = k if keeps_all else random_heads(ops, rng, stop - start, config)[0]
+                policy.prefill(using, cache, layer, seq, q, k, v)
+            policy.prefilled(ops, cache, seq)
+            cache.n_seen[seq] += stop - start
+
+
+class _Unattended:
+    """Ops with which a prompt is cached and not attended."""
+
+    def __init__(self, ops: Ops):
+        self._ops = ops
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ops, name)
+
+    def attend_chunk(self, q: Array, *_: Any, **__: Any) -> Array:
+        return q

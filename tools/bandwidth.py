@@ -1,0 +1,11 @@
+"""`minirt bandwidth` without an installed minirt: python tools/bandwidth.py attention --help"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from minirt.cli.bandwidth import bandwidth
+
+if __name__ == "__main__":
+    bandwidth()
