@@ -65,12 +65,13 @@ def counted(spec: str, kv: str, depth: int) -> tuple[int, int]:
     """Bytes that a step of two sequences reads, counted and by the formula."""
     config, policy, ops = synthetic.config_of(SHAPE), parse_policy(spec), ReferenceOps()
     plan = policy.plan(config, depth, *get_stores(kv))
-    cache = Decoder(config, attention.no_weights(), ops, policy).new_cache(plan, 2)
+    cache = Decoder(config, synthetic.factors_of(ops, config), ops, policy).new_cache(plan, 2)
     synthetic.fill(ops, cache, policy, config, depth - 1)
     cache.n_seen[:] = depth - 1
-    seen = CountedOps(ops, plan)
+    seen, rng = CountedOps(ops, plan), np.random.default_rng(0)
     for layer in range(config.n_layer):
-        policy.attend(seen, cache, layer, *synthetic.random_heads(ops, np.random.default_rng(0), 2, config))
+        rows, q = synthetic.RandomRows(ops, rng, 2, plan, config), synthetic.random_queries(ops, rng, 2, config)
+        policy.attend(seen, cache, layer, q, *rows(np.full(2, depth - 1)))
     assert seen.written > 0
     return seen.read, 2 * policy.bytes_read(config, plan, depth)
 
@@ -88,7 +89,7 @@ def test_a_random_cache_is_what_a_prompt_would_leave() -> None:
     config, policy = synthetic.config_of(SHAPE), parse_policy("sparq:r=8:k=16:reallocate=on")
     plan, found = policy.plan(config, 700, *get_stores("f16")), []
     for ops in (ReferenceOps(), open_ops("cpu", 1)):
-        cache = Decoder(config, attention.no_weights(), ops, policy).new_cache(plan, 2)
+        cache = Decoder(config, synthetic.factors_of(ops, config), ops, policy).new_cache(plan, 2)
         synthetic.fill(ops, cache, policy, config, 700)
         assert cache.n_seen.tolist() == [700, 700]
         found.append(cache)
@@ -106,7 +107,7 @@ def test_policies_that_keep_all_tokens_share_their_rows() -> None:
     config, ops = synthetic.config_of(SHAPE), ReferenceOps()
     policies = {text: parse_policy(text) for text in texts}
     plans = {text: policy.plan(config, 256, *get_stores("f16")) for text, policy in policies.items()}
-    made = caches.caches_of(Decoder(config, attention.no_weights(), ops, Dense()), policies, plans)
+    made = caches.caches_of(Decoder(config, synthetic.factors_of(ops, config), ops, Dense()), policies, plans)
     dense, few, more, coded, tova = (made[text] for text in texts)
     assert dense.layers is few.layers is coded.layers is not tova.layers
     assert few.side["index"][0] is more.side["index"][0]

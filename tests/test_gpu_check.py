@@ -13,6 +13,8 @@ import pytest
 from click.testing import CliRunner
 from emulated import emulated_ops
 
+from minirt.bandwidth.synthetic import Shape
+
 TOOLS = Path(__file__).parents[1] / "tools"
 
 
@@ -29,17 +31,18 @@ def tool(name: str) -> ModuleType:
 @pytest.fixture
 def check(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The tool, with the emulated card and small sizes."""
-    speed = tool("gpu_speed")
-    module = tool("gpu_check")
-    ops = emulated_ops().ops
+    module, ops = tool("gpu_check"), emulated_ops().ops
     monkeypatch.setattr(ops.device, "memory", (512 << 20, 1 << 30))
     monkeypatch.setattr(module, "open_card", lambda: ops)
-    monkeypatch.setattr(module, "config_of", lambda shape: speed.config_of("small"))
-    monkeypatch.setattr(module, "version", lambda name: "0")
-    for name, value in {"ATTENTION": [(2, 64, ">= 1x")], "DEPTH": 64, "BUDGET": 16, "FULL": 64, "BATCH": 1}.items():
+    shape = Shape(2, 64, 4, 2, 32, 128, 96)
+    sizes = {
+        "HEADS": (4, 2, 32), "ATTENTION": [(2, 64, ">= 1x")], "LATENTS": (1, 64, {"latent-q4": ">= 1x"}),
+        "SHAPE": shape, "DEPTH": 64, "BUDGET": 16, "FULL": 64, "BATCH": 1, "ROUNDS": 1,
+    }  # fmt: skip
+    for name, value in sizes.items():
         monkeypatch.setattr(module, name, value)
-    for name, value in {"TOUCHED": 0, "ROUNDS": 1, "SECONDS": 0.0, "SEED_NUMBERS": 1000}.items():
-        monkeypatch.setattr(speed, name, value)
+    monkeypatch.setattr("minirt.bandwidth.attention.TOUCHED", 0)
+    monkeypatch.setattr("minirt.bandwidth.paired.PIECE", 0.0)
     return module
 
 
@@ -50,10 +53,11 @@ def test_benchmarks(check: Any, tmp_path: Path) -> None:
     facts = json.loads(output.read_text())
     rows = {row["work"]: row for row in facts["rows"]}
     assert facts["card"] == "emulated"
-    assert rows["sparq r=32 k=32 B=2 S=64"]["ratio"] > 0
+    assert rows["sparq:r=32:k=32 B=2 S=64"]["ratio"] > 0
+    assert rows["latent-q4 B=1 S=64"]["ratio"] > 0
     dense = rows["dense attention f16 B=2 S=64"]
     assert dense["gb_per_s"] * dense["ms"] == pytest.approx(2 * 64 * 2 * 32 * 2 * 2 / 1e6)
-    assert "... tova 16, 4 sequences" in rows
+    assert "tova:budget=16, 4 sequences" in rows
     assert result.output.splitlines()[-1].startswith("emulated, copy ")
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..cache import Cache
+from ..cache import Cache, CachePlan
 from ..config import ModelConfig
 from ..decoder import Decoder
 from ..errors import ModelError, UsageError
@@ -22,17 +22,17 @@ from ..ops import Array, Ops
 from ..policies import Policy, SparQ, TopK, parse_policy
 from ..reference import ReferenceOps
 from ..stores import Store, get_stores
-from ..weights import Weights
 from .caches import caches_bytes, caches_of, check_room, fill_all
 from .counted import CountedOps
 from .paired import in_turn
-from .synthetic import Shape, config_of, fill, random_heads
+from .synthetic import RandomRows, Shape, config_of, factors_of, fill, random_queries, with_latents
 
 TOUCHED = 2 << 30  # bytes that the policy which reads least shall read before it comes to a layer again
 MOST_LAYERS = 64
 CHECKED = 1 << 19  # rows of keys, all heads and sequences, that the reference is asked for
 TOLERANCE = 0.05  # of a result's norm: an approximate choice may turn on the last bit, a wrong kernel is off by 1
 BASELINE = "dense"
+LATENT = "latent-"  # in the names of KV types that are Palu's
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,13 @@ class Cell:
 
     @property
     def config(self) -> ModelConfig:
-        """A layer of that shape."""
-        return config_of(Shape(1, 32, self.n_head, self.n_head_kv, self.head_dim, 32, 32))
+        """A layer of that shape; with low-rank keys and values, if latents are cached."""
+        one = config_of(Shape(1, 32, self.n_head, self.n_head_kv, self.head_dim, 32, 32))
+        return with_latents(one) if LATENT in self.kv else one
+
+    @property
+    def stores(self) -> tuple[Store, Store]:
+        return get_stores(self.kv, self.config.palu)
 
     def __str__(self) -> str:
         heads = f"{self.n_head}/{self.n_head_kv}x{self.head_dim}"
@@ -74,7 +79,7 @@ def policies_of(cell: Cell, texts: Sequence[str]) -> dict[str, Policy]:
     made = {}
     for text in texts:
         made[text] = parse_policy(resolve(text, cell.depth, cell.head_dim))
-        made[text].check(cell.config, cell.depth, *get_stores(cell.kv))
+        made[text].check(cell.config, cell.depth, *cell.stores)
     return made
 
 
@@ -92,7 +97,7 @@ def measure(
     room: bytes that the caches may take. advance: called whenever something was checked, filled or timed: see `stages`.
     Raises NoRoom, UsageError if a policy does not fit, ModelError if one is not what the reference computes.
     """
-    made, stores = policies_of(cell, policies), get_stores(cell.kv)
+    made, stores = policies_of(cell, policies), cell.stores
     layers = _layers_of(cell, made, stores, room)
     errors = {}
     for text, policy in made.items():
@@ -100,13 +105,13 @@ def measure(
         if not errors[text] <= TOLERANCE:
             raise ModelError(f"{cell}, {text}: the result is off by {errors[text]:.2g} of its norm")
         advance()
-    config = replace(cell.config, n_layer=layers)
+    config = cell.config.of_layers([0] * layers)
     plans = {text: policy.plan(config, cell.depth, *stores) for text, policy in made.items()}
-    decoder = Decoder(config, no_weights(), ops, made[BASELINE])
+    decoder = Decoder(config, factors_of(ops, config), ops, made[BASELINE])
     caches = caches_of(decoder, made, plans, cell.n_seq)
     fill_all(ops, caches, made, config, cell.depth - 1)
     advance()
-    inputs = random_heads(ops, np.random.default_rng(1), cell.n_seq, config)
+    inputs = _inputs(ops, cell, plans[BASELINE], config)
     steps = {text: _Step(ops, policy, caches[text], inputs, range(layers)) for text, policy in made.items()}
     timed = in_turn(steps, steps[BASELINE].settle, rounds, advance)
     records: list[dict[str, Any]] = []
@@ -130,6 +135,13 @@ def measure(
 def stages(policies: Sequence[str], rounds: int) -> int:
     """How often `measure` calls `advance`."""
     return len(policies) * (rounds + 2) + 1
+
+
+def _inputs(ops: Ops, cell: Cell, plan: CachePlan, config: ModelConfig) -> tuple[Array, Array, Array]:
+    """Queries, keys and values of each sequence's last token."""
+    rng = np.random.default_rng(1)
+    q, rows = random_queries(ops, rng, cell.n_seq, config), RandomRows(ops, rng, cell.n_seq, plan, config)
+    return (q, *rows(np.full(cell.n_seq, cell.depth - 1)))
 
 
 class _Step:
@@ -177,13 +189,13 @@ def error_of(ops: Ops, cell: Cell, policy: Policy) -> float:
     """
     most = max(CHECKED // (cell.n_seq * cell.n_head_kv), 64)
     depth = min(cell.depth, most)
-    config, stores, found = cell.config, get_stores(cell.kv), []
+    config, stores, found = cell.config, cell.stores, []
     for device in (ops, ReferenceOps()):
         small = _shortened(policy, cell.depth, depth)
-        decoder = Decoder(config, no_weights(), device, small)
+        decoder = Decoder(config, factors_of(device, config), device, small)
         cache = decoder.new_cache(small.plan(config, depth, *stores), cell.n_seq)
         fill(device, cache, small, config, depth - 1)
-        inputs = random_heads(device, np.random.default_rng(1), cell.n_seq, config)
+        inputs = _inputs(device, replace(cell, depth=depth), cache.plan, config)
         found.append(np.array(device.to_host(small.attend(device, cache, 0, *inputs))))
     return float(np.linalg.norm(found[0] - found[1]) / np.linalg.norm(found[1]))
 
@@ -193,7 +205,3 @@ def _shortened(policy: Policy, depth: int, own: int) -> Policy:
     if own == depth or not isinstance(policy, (SparQ, TopK)):
         return policy
     return replace(policy, k=max(1, policy.k * own // depth))
-
-
-def no_weights() -> Weights:
-    return Weights(None, [], None, None, None)

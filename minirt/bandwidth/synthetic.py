@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
-from ..cache import Cache
-from ..config import ModelConfig, RopeScaling
+from ..cache import Cache, CachePlan
+from ..config import ModelConfig, PaluConfig, RopeScaling
 from ..errors import UsageError
 from ..gguf_file import TENSOR_TYPES, Tensor
 from ..ops import Array, Ops
+from ..palu import ranks
+from ..palu.conversion import group_heads
 from ..policies import Policy
 from ..policies.base import BoundedPolicy
+from ..rope import make_rope
 from ..session import PREFILL_CHUNK, prompt_chunks
 from ..weights import LayerWeights, Weights
 
 ROWS = 64  # random rows of a matrix; the others repeat them
 SCALE = 0.02  # of quantised blocks
+KEPT = 0.5  # of the rank of keys and values, in latents
+
+_NOTHING: dict[str, Any] = dict.fromkeys(field.name for field in fields(LayerWeights))
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,10 @@ def weights_of(ops: Ops, config: ModelConfig, kind: str, seed: int = 0) -> Weigh
     q, kv, n, ff = c.n_head * c.head_dim, c.n_head_kv * c.head_dim, c.n_embd, c.n_ff
     shapes = {"wq": (q, n), "wk": (kv, n), "wv": (kv, n), "wo": (n, q)}
     shapes |= {"w_gate": (ff, n), "w_up": (ff, n), "w_down": (n, ff)}
-    none = dict.fromkeys(("bq", "bk", "bv", "q_norm", "k_norm"))
     norm = ops.vector(np.ones(n, np.float32))
+    norms = {"attn_norm": norm, "ffn_norm": norm}
     layers = [
-        LayerWeights(attn_norm=norm, ffn_norm=norm, **none, **{x: matrix(*shape) for x, shape in shapes.items()})
-        for _ in range(c.n_layer)
+        LayerWeights(**_NOTHING | norms | {x: matrix(*shape) for x, shape in shapes.items()}) for _ in range(c.n_layer)
     ]
     return Weights(ops.table(_tensor(rng, kind, c.n_vocab, n)), layers, norm, matrix(c.n_vocab, n), None)
 
@@ -102,11 +107,48 @@ def _tensor(rng: np.random.Generator, kind: str, n_out: int, n_in: int) -> Tenso
     return Tensor("random", t, (n_out, n_in), np.resize(some.reshape(rows, row_bytes), (n_out, row_bytes)))
 
 
-def random_heads(ops: Ops, rng: np.random.Generator, n: int, config: ModelConfig) -> tuple[Array, Array, Array]:
-    """Queries, keys and values of n tokens: normal numbers [n, heads, d]."""
-    heads = config.n_head, config.n_head_kv, config.n_head_kv
-    q, k, v = (ops.vector(rng.standard_normal((n, h, config.head_dim), np.float32)) for h in heads)
-    return q, k, v
+def with_latents(config: ModelConfig) -> ModelConfig:
+    """The same model with low-rank keys and values, as `minirt palu` makes them by default: half the rank, a quarter of
+    it for keys, groups of four KV heads."""
+    grouping = group_heads(config, None)
+    total = ranks.total_rank(KEPT, config.n_layer, grouping.width)
+    k_ranks, v_ranks = ranks.prior(total, config.n_layer, grouping.width).T.tolist()
+    return replace(config, palu=PaluConfig(grouping.size, tuple(k_ranks), tuple(v_ranks), "f16", False))
+
+
+def factors_of(ops: Ops, config: ModelConfig, seed: int = 0) -> Weights:
+    """Weights of which there are only the factors that rebuild keys and values from latents, if the model has these."""
+    rng, rope = np.random.default_rng(seed), make_rope(config, None)
+    n_out, layers = config.n_head_kv * config.head_dim, []
+    for of_layer in zip(config.palu.k_ranks, config.palu.v_ranks, strict=True) if config.palu else ():
+        tensors = [_tensor(rng, "F16", n_out, rank) for rank in of_layer]
+        k, v = ops.factor(tensors[0], config, None, rope=rope), ops.factor(tensors[1], config, None)
+        layers.append(LayerWeights(**_NOTHING | {"k_factor": k, "v_factor": v}))
+    return Weights(None, layers, None, None, None)
+
+
+def random_queries(ops: Ops, rng: np.random.Generator, n: int, config: ModelConfig) -> Array:
+    """Normal numbers [n, H_q, d]."""
+    return ops.vector(rng.standard_normal((n, config.n_head, config.head_dim), np.float32))
+
+
+class RandomRows:
+    """Keys and values of a layer of a cache: normal numbers, drawn once for so many tokens."""
+
+    def __init__(
+        self, ops: Ops, rng: np.random.Generator, most: int, plan: CachePlan, config: ModelConfig, layer: int = 0
+    ):
+        self.ops, self.rng, self.latent = ops, rng, plan.k_store.latent
+        shapes = ((store.heads(config), store.numbers(config, layer)) for store in (plan.k_store, plan.v_store))
+        self.drawn = [rng.standard_normal((most, *shape), np.float32) for shape in shapes]
+
+    def __call__(self, pos: np.ndarray) -> tuple[Array, Array]:
+        """Those of tokens at positions pos [n]: [n, heads, numbers]. With signs drawn anew, so none come twice."""
+        signs = (2 * self.rng.integers(0, 2, rows.shape[1:]).astype(np.float32) - 1 for rows in self.drawn)
+        k, v = (rows[: len(pos)] * sign for rows, sign in zip(self.drawn, signs, strict=True))
+        if self.latent:
+            k[:, :, -1] = pos[:, None]  # the last number of a key's latent is its position
+        return self.ops.vector(k), self.ops.vector(v)
 
 
 def fill(ops: Ops, cache: Cache, policy: Policy, config: ModelConfig, depth: int, seed: int = 0) -> None:
@@ -120,17 +162,16 @@ def fill(ops: Ops, cache: Cache, policy: Policy, config: ModelConfig, depth: int
     keeps_all = not isinstance(policy, BoundedPolicy)
     using: Any = _Unattended(ops) if keeps_all else ops
     depth = depth if keeps_all else min(depth, 2 * max(cache.plan.slots, default=0))
-    shape = (min(depth, PREFILL_CHUNK if keeps_all else depth), config.n_head_kv, config.head_dim)
-    rows = rng.standard_normal((2, *shape), np.float32)
+    most = min(depth, PREFILL_CHUNK) if keeps_all else depth
+    rows = [RandomRows(ops, rng, most, cache.plan, config, layer) for layer in range(config.n_layer)]
     for seq in range(len(cache.n_seen)):
         if seq and not keeps_all:
             cache.move(0, seq)
             continue
         for start, stop in prompt_chunks(policy, 0, depth):
-            for layer in range(config.n_layer):
-                signs = rng.integers(0, 2, (2, *shape[1:])).astype(np.float32) * 2 - 1  # no two chunks are the same
-                k, v = (ops.vector(a) for a in rows[:, : stop - start] * signs[:, None])
-                q = k if keeps_all else random_heads(ops, rng, stop - start, config)[0]
+            for layer, of_layer in enumerate(rows):
+                k, v = of_layer(np.arange(start, stop))
+                q = k if keeps_all else random_queries(ops, rng, stop - start, config)
                 policy.prefill(using, cache, layer, seq, q, k, v)
             policy.prefilled(ops, cache, seq)
             cache.n_seen[seq] += stop - start

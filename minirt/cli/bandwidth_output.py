@@ -9,7 +9,7 @@ from .bench_output import Column, Record, open_table
 
 _WHERE = (
     Column("model", 14, False, lambda r: r["model"]),
-    Column("kv", 5, False, lambda r: r["kv"]),
+    Column("kv", 10, False, lambda r: r["kv"]),
     Column("S", 6, True, lambda r: str(r["depth"])),
     Column("policy", 10, False, lambda r: r["policy"]),
 )
