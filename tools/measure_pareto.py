@@ -1,0 +1,106 @@
+"""Measures what policies, budgets and KV types cost in quality, beside the bytes they read and hold. Writes JSON.
+
+    python tools/measure_pareto.py --model smollm2-q4_0.gguf --text tinyshakespeare.txt -o tools/results/pareto.json
+
+Divergence is from dense attention to a float16 cache, where the second half of each window is decoded token by token;
+repetition is that task of `minirt eval`. OUTPUT is renewed after each point, and what it holds is not measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from minirt import Llama
+from minirt.bandwidth.grid import Machine, commit
+from minirt.perplexity import Divergence, cut_windows, decoded_logits, dense_log_probs, first_scored
+from minirt.policies import parse_policy
+from minirt.progress import Progress
+from minirt.stores import get_stores
+
+BOUNDED = ("window", "streaming", "lm-infinite", "h2o", "tova", "d2o")
+BUDGETS = ("1/2", "1/4", "1/8", "1/16")
+POINTS = [  # (policy, KV type)
+    *(("dense", kv) for kv in ("f16", "q8_0", "q8_0/q4_0", "q4_0")),
+    *((f"sparq:r={r}:k={k}", "f16") for r in (8, 16, 32) for k in (32, 64, 128, 256, 512)),
+    *((f"sparq:r={r}:k={k}:k_index=q4", "f16") for r, k in ((16, 64), (16, 128), (32, 128), (32, 256))),
+    *((f"sparq:r={r}:k={k}:k_index=q4", "q8_0") for r, k in ((16, 64), (16, 128), (32, 128), (32, 256))),
+    *((f"topk:k={k}", "f16") for k in (32, 128, 512)),
+    *((f"{name}:budget={budget}", "f16") for name in BOUNDED for budget in BUDGETS),
+    *((f"{name}:budget={budget}", "q8_0") for name in ("h2o", "tova") for budget in BUDGETS),
+]
+BASE = ("dense", "f16")
+N_CTX, WINDOWS = 2048, 4
+EXAMPLES, LENGTH = 8, 2048  # of repetition
+SEEN = range(first_scored(N_CTX) + 1, N_CTX)  # tokens in the cache when the scored ones are predicted
+
+
+def divergence(llama: Llama, windows: np.ndarray, base: np.ndarray) -> dict[str, Any]:
+    """Of the model under its policy; base [steps, windows, n_vocab]."""
+    found = Divergence()
+    for (logits, tokens), log_base in zip(decoded_logits(llama, windows), base, strict=True):
+        found.add(logits, tokens, log_base)
+    numbers = found.statistics()
+    names = ("ppl", "ppl_base", "ppl_ratio", "ppl_ratio_error", "kld", "kld_error", "same_top", "same_top_error")
+    return {name: numbers[name] for name in names if name in numbers}
+
+
+def sizes(llama: Llama) -> dict[str, float]:
+    """Cache bytes read by a step, on average, and held, as shares of dense attention's to float16."""
+    config, policy, own = llama.config, llama.decoder.policy, llama.session.cache.plan
+    stores = own.k_store, own.v_store
+    dense = parse_policy("dense")
+    plans = policy.plan(config, N_CTX, *stores), dense.plan(config, N_CTX, *get_stores("f16"))
+    read = sum(policy.bytes_read(config, plans[0], n) for n in SEEN)
+    whole = sum(dense.bytes_read(config, plans[1], n) for n in SEEN)
+    return {"read": read / whole, "held": plans[0].nbytes(config) / plans[1].nbytes(config)}
+
+
+def repetition(model: str, policy: str, kv: str, threads: int) -> dict[str, float]:
+    """Characters of a passage that are repeated, on average, and the standard error."""
+    flags = ["--task", "repetition", "-n", EXAMPLES, "--length", LENGTH, "-t", threads, "-o", "json"]
+    command = [sys.executable, "-m", "minirt", "eval", model, "--policy", policy, "--kv", kv, *map(str, flags)]
+    (found,) = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    return {"repetition": found["score"], "repetition_error": found["score_error"]}
+
+
+@click.command()
+@click.option("--model", required=True, help="A GGUF file.")
+@click.option("--text", required=True, help="... measured on it.")
+@click.option("--threads", default=2, show_default=True)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True)
+def main(model: str, text: str, threads: int, output: Path) -> None:
+    """Measures all points, and writes OUTPUT."""
+    known = json.loads(output.read_text()) if output.exists() else {"points": []}
+    points = {(point["policy"], point["kv"]): point for point in known["points"]}
+    base = windows = None
+    for i, (policy, kv) in enumerate(POINTS):
+        if (policy, kv) in points:
+            continue
+        with Progress(f"{policy}, {kv}: point {i + 1} of {len(POINTS)}"):
+            with Llama.load(model, n_ctx=N_CTX, policy=policy, kv=kv, threads=threads) as llama:
+                if base is None:
+                    windows = cut_windows(llama.tokenize(Path(text).read_text()), N_CTX, WINDOWS)
+                    base = np.stack([rows.copy() for rows in dense_log_probs(llama, windows)])
+                point = {"policy": policy, "kv": kv, **sizes(llama), **divergence(llama, windows, base)}
+                machine = Machine(llama.decoder.ops, threads)
+            point |= repetition(model, policy, kv, threads)
+        points[policy, kv] = point | {"commit": commit()}
+        facts = {"model": Path(model).name, "text": Path(text).name, "n_ctx": N_CTX, "windows": WINDOWS} | {
+            "examples": EXAMPLES, "length": LENGTH, "cpu": machine.name, **machine.facts(),
+        }  # fmt: skip
+        output.write_text(json.dumps(facts | {"points": list(points.values())}, indent=1) + "\n")
+        click.echo(
+            f"{policy:28} {kv:10} read {100 * point['read']:5.1f} %  held {100 * point['held']:5.1f} %  "
+            f"KLD {point['kld']:.4f}  same {100 * point['same_top']:.1f} %  repeated {point['repetition']:.1f}"
+        )
+
+
+if __name__ == "__main__":
+    main()
