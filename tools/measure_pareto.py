@@ -25,19 +25,21 @@ from minirt.progress import Progress
 from minirt.stores import get_stores
 
 BOUNDED = ("window", "streaming", "lm-infinite", "h2o", "tova", "d2o")
-BUDGETS = ("1/2", "1/4", "1/8", "1/16")
+BUDGETS = ("1/2", "1/4", "1/8")
+FIGURE_9 = ((10, 170), (5, 170))  # r = d/12 of heads of 128, or of this model's; k = S/12
 POINTS = [  # (policy, KV type)
     *(("dense", kv) for kv in ("f16", "q8_0", "q8_0/q4_0", "q4_0")),
-    *((f"sparq:r={r}:k={k}", "f16") for r in (8, 16, 32) for k in (32, 64, 128, 256, 512)),
-    *((f"sparq:r={r}:k={k}:k_index=q4", "f16") for r, k in ((16, 64), (16, 128), (32, 128), (32, 256))),
-    *((f"sparq:r={r}:k={k}:k_index=q4", "q8_0") for r, k in ((16, 64), (16, 128), (32, 128), (32, 256))),
-    *((f"topk:k={k}", "f16") for k in (32, 128, 512)),
+    *((f"sparq:r={r}:k={k}", "f16") for r in (8, 16, 32) for k in (64, 128, 256)),
+    *((f"sparq:r={r}:k={k}", "f16") for r, k in (*FIGURE_9, (16, 32), (16, 512))),
+    *((f"sparq:r={r}:k={k}:k_index=q4", "f16") for r, k in ((16, 128), (32, 256))),
+    *((f"sparq:r={r}:k={k}:k_index=q4", "q8_0") for r, k in ((16, 64), (16, 128), (32, 256))),
+    *((f"topk:k={k}", "f16") for k in (32, 128)),
     *((f"{name}:budget={budget}", "f16") for name in BOUNDED for budget in BUDGETS),
     *((f"{name}:budget={budget}", "q8_0") for name in ("h2o", "tova") for budget in BUDGETS),
 ]
 BASE = ("dense", "f16")
 N_CTX, WINDOWS = 2048, 4
-EXAMPLES, LENGTH = 8, 2048  # of repetition
+EXAMPLES, LENGTH = 16, 1024  # of repetition
 SEEN = range(first_scored(N_CTX) + 1, N_CTX)  # tokens in the cache when the scored ones are predicted
 
 
