@@ -31,10 +31,12 @@ POINTS = [  # (policy, KV type)
     *(("dense", kv) for kv in ("f16", "q8_0", "q8_0/q4_0", "q4_0")),
     *((f"sparq:r={r}:k={k}", "f16") for r in (8, 16, 32) for k in (64, 128, 256)),
     *((f"sparq:r={r}:k={k}", "f16") for r, k in (*FIGURE_9, (16, 32), (16, 512))),
-    *((f"sparq:r={r}:k={k}:k_index=q4", "f16") for r, k in ((16, 128), (32, 256))),
+    *((f"sparq:r={r}:k={k}:k_index=q4", "f16") for r, k in ((16, 64), (16, 128), (32, 128), (32, 256))),
+    *(("sparq:r=32:k=128", kv) for kv in ("q8_0", "q4_0")),
     *((f"sparq:r={r}:k={k}:k_index=q4", "q8_0") for r, k in ((16, 64), (16, 128), (32, 256))),
     *((f"topk:k={k}", "f16") for k in (32, 128)),
     *((f"{name}:budget={budget}", "f16") for name in BOUNDED for budget in BUDGETS),
+    *((f"{name}:budget={budget}", "f16") for name, budget in (("tova", "1/16"), ("h2o", "1/5"), ("d2o", "1/5"))),
     *((f"{name}:budget={budget}", "q8_0") for name in ("h2o", "tova") for budget in BUDGETS),
 ]
 BASE = ("dense", "f16")

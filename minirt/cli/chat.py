@@ -42,7 +42,7 @@ Examples:
 @click.option("--system-file", metavar="FILE", help="Read the system prompt from a file.")
 @answer_options(-1, "At most N tokens an answer.", "-1, until the model ends")
 @sampling_options
-@engine_options()
+@engine_options(auto=True)
 @click.option("--pin-system", is_flag=True, help="No policy evicts the system prompt and the template's head.")
 @click.option("--show-template", is_flag=True, help="Print the chat template and exit.")
 @stats_option

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from ..errors import UsageError
 from ..progress import Progress
 from .terminal import argument_text, say
 
 if TYPE_CHECKING:
+    from ..auto import Auto
     from ..llama import Llama
     from ..policies import Policy
 
@@ -31,7 +33,7 @@ stats_option = click.option(
 class Engine:
     """How to compute: what `Llama.load` takes besides the file."""
 
-    policy: str | Policy
+    policy: str | Policy | Auto
     kv: str
     device: str
     threads: int | None
@@ -49,6 +51,10 @@ class Engine:
 
     def load(self, model: str | None) -> Llama:
         """The model, ready, with a progress line."""
+        from ..auto import Auto
+
+        if isinstance(self.policy, Auto):
+            return self._settled(self.policy, model).load(model)
         with Progress("loading the model", " tensors") as progress:
             from ..llama import Llama
 
@@ -69,11 +75,33 @@ class Engine:
             say(f"minirt: --ctx {llama.n_ctx} is more than the {trained} tokens the model was trained for")
         return llama
 
+    def _settled(self, wanted: Auto, model: str | None) -> Engine:
+        """With the policy and the KV type that --policy auto stands for, which a line on stderr tells."""
+        from ..auto import choose, read_per_token, reason
+        from ..bandwidth import read_bandwidth
+        from ..config import ModelConfig
+        from ..devices import has_cupy, physical_cores
+        from ..gguf_file import GGUFFile
+        from ..llama import DEFAULT_CONTEXT, default_model_path
+        from ..stores import AUTO, get_stores, stores_text
 
-def engine_options(n_ctx: int = 0, templates: bool = True) -> Callable[[Command], Callable[..., Any]]:
+        with GGUFFile.open(model if model is not None else default_model_path()) as file:
+            config, weights = ModelConfig.from_gguf(file), read_per_token(file)
+        n_ctx = self.n_ctx or min(config.n_ctx_train, DEFAULT_CONTEXT)
+        device = ("gpu" if has_cupy() else "cpu") if self.device == "auto" else self.device
+        kv = AUTO if self.kv == f"{AUTO}/{AUTO}" else stores_text(*get_stores(self.kv, config.palu))
+        chosen = choose(wanted, config, n_ctx, weights, kv, device)
+        limit = read_bandwidth(self.threads or physical_cores()) if device == "cpu" else None
+        say(f"minirt: --policy auto: {reason(chosen, config, n_ctx, limit)}")
+        return replace(self, policy=chosen.policy, kv=chosen.kv)
+
+
+def engine_options(
+    n_ctx: int = 0, templates: bool = True, auto: bool = False
+) -> Callable[[Command], Callable[..., Any]]:
     """Adds --policy, --kv, --kv-k, --kv-v, --device, --threads, --ctx and --chat-template to a PolicyCommand.
 
-    It takes them and the flags of its policy as `engine`.
+    It takes them and the flags of its policy as `engine`. auto: also --policy auto, with --speed and --kv-bytes.
     """
     ctx_default = str(n_ctx) if n_ctx else "the model's, at most 8192"
     options = [
@@ -89,18 +117,37 @@ def engine_options(n_ctx: int = 0, templates: bool = True) -> Callable[[Command]
         options.append(
             _option("--chat-template", str, None, "A Jinja template, not the file's own.", metavar="FILE|TEXT")
         )
+    if auto:
+        options += [
+            _option("--speed", str, None, "--policy auto: so much faster than dense, such as 2x.", metavar="X"),
+            _option("--kv-bytes", str, None, "... or a cache of this share of dense's, or size.", metavar="1/N|NMiB"),
+        ]
     return gather("engine", options, _engine, ["flags"])
 
 
 def _engine(
-    policy: str, flags: list[tuple[str, str]], kv: str, kv_k: str | None, kv_v: str | None, **values: Any
+    policy: str,
+    flags: list[tuple[str, str]],
+    kv: str,
+    kv_k: str | None,
+    kv_v: str | None,
+    speed: str | None = None,
+    kv_bytes: str | None = None,
+    **values: Any,
 ) -> Engine:
+    from ..auto import AUTO, Auto
     from ..policies import parse_policy
+    from ..policies.base import flag
     from ..stores import store_names
 
+    if policy == AUTO and flags:
+        raise UsageError(f"{flag(flags[0][0])} goes with a policy, --policy auto chooses its own")
+    if policy != AUTO and (speed, kv_bytes) != (None, None):
+        raise UsageError(f"{'--speed' if speed is not None else '--kv-bytes'} goes with --policy auto")
     k, v = store_names(kv)
     kv = "/".join(store_names(f"{kv_k or k}/{kv_v or v}"))
-    return Engine(policy=parse_policy(policy, flags), kv=kv, **values)
+    made = Auto.parse(speed, kv_bytes) if policy == AUTO else parse_policy(policy, flags)
+    return Engine(policy=made, kv=kv, **values)
 
 
 def sampling_options(command: Command) -> Callable[..., Any]:

@@ -38,7 +38,7 @@ Examples:
 @click.option("--special", is_flag=True, help="Read special tokens such as <|im_end|> in the text.")
 @answer_options(256, "At most N tokens; -1: until the model ends or the context is full.", "256")
 @sampling_options
-@engine_options()
+@engine_options(auto=True)
 @stats_option
 def run(
     model: str | None,

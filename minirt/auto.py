@@ -1,0 +1,165 @@
+"""`--policy auto`: from how fast, or how small, a cache shall be to the policy and the KV type that cost the least.
+
+What policies cost in quality was measured on one model (`frontier.json`, made by tools/paper_report.py): points of a
+policy and a KV type with their divergence from dense attention. A point is taken to another model and context in
+proportion: the same share of a head's components, of the tokens, of the budget. What it reads and holds there is the
+policy's own account, and a token's time is its bytes over the memory's speed, each at the share of that speed that was
+measured. So the speed is an estimate for this machine, and the divergence is another model's: a guide, not a promise.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from .config import ModelConfig
+from .errors import UsageError
+from .gguf_file import GGUFFile
+from .policies import Policy, SparQ, TopK, parse_policy
+from .policies.budget import Budget
+from .stores import get_stores
+
+FRONTIER = Path(__file__).with_name("frontier.json")
+AUTO, DENSE = "auto", "dense"
+
+
+@dataclass(frozen=True)
+class Auto:
+    """What is wanted: a speed over dense attention with a float16 cache, or a cache of no more than so much."""
+
+    speed: float = 1.0
+    kv_bytes: Budget | None = None
+
+    @classmethod
+    def parse(cls, speed: str | None, kv_bytes: str | None) -> Auto:
+        """From "2x" and "1/8" or "64MiB"; UsageError."""
+        if speed is None and kv_bytes is None:
+            raise UsageError("--policy auto takes --speed, such as 2x, or --kv-bytes, such as 1/8")
+        wanted = cls()
+        if speed is not None:
+            if not re.fullmatch(r"\d{1,4}(\.\d{1,4})?x?", speed, re.ASCII) or float(speed.rstrip("x")) < 1:
+                raise UsageError(f"--speed {speed} is not a factor of 1 or more, such as 2x")
+            wanted = replace(wanted, speed=float(speed.rstrip("x")))
+        if kv_bytes is not None:
+            try:
+                budget = Budget.parse(kv_bytes)
+            except UsageError:
+                budget = None
+            if budget is None or budget.unit == "tokens":
+                raise UsageError(f"--kv-bytes {kv_bytes} is not a share of dense's such as 1/8, or bytes such as 64MiB")
+            wanted = replace(wanted, kv_bytes=budget)
+        return wanted
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A policy and a KV type, and what they come to for a model and a context."""
+
+    policy: Policy
+    kv: str
+    kld: float  # nats, of the model that was measured
+    speed: float  # over dense with a float16 cache, at the end of the context
+    full_bytes: float  # that the memory would move in a token's time, if it did nothing else
+    held: int  # bytes of cache
+
+
+@functools.cache
+def frontier() -> Mapping[str, Any]:
+    """What was measured."""
+    found: Mapping[str, Any] = json.loads(FRONTIER.read_text())
+    return found
+
+
+def choose(wanted: Auto, config: ModelConfig, n_ctx: int, weight_bytes: int, kv: str, device: str) -> Candidate:
+    """The candidate of least divergence that is wanted; UsageError with what there is, if there is none.
+
+    weight_bytes: that a token reads. kv: "auto", or the one type that may be. device: the name of an Ops.
+    """
+    dense = parse_policy(DENSE)
+    if config.sliding_window or config.palu is not None:
+        raise UsageError("--policy auto takes a model without a sliding window or latents of its own")
+    whole = dense.plan(config, n_ctx, *get_stores("f16")).nbytes(config)
+    most = whole if wanted.kv_bytes is None else _bytes(wanted.kv_bytes, whole)
+    found = list(_candidates(config, n_ctx, weight_bytes, kv, device))
+    good = [c for c in found if c.speed >= wanted.speed and (wanted.kv_bytes is None or c.held <= most)]
+    if good:
+        return min(good, key=lambda c: (c.kld, -c.speed))
+    small = [c for c in found if wanted.kv_bytes is None or c.held <= most]
+    if not small:
+        least = min(found, key=lambda c: c.held)
+        raise UsageError(f"--kv-bytes {wanted.kv_bytes}: the least is {_share(least.held, whole)} ({_text(least)})")
+    best = max(small, key=lambda c: c.speed)
+    raise UsageError(
+        f"--speed {wanted.speed:g}x: the most to expect at {n_ctx} tokens is {best.speed:.2f}x ({_text(best)}); "
+        "a longer --ctx gains more"
+    )
+
+
+def reason(chosen: Candidate, config: ModelConfig, n_ctx: int, bandwidth: float | None) -> str:
+    """What was picked and why, in a line. bandwidth: of the memory, in bytes per second, if it is known."""
+    whole = parse_policy(DENSE).plan(config, n_ctx, *get_stores("f16")).nbytes(config)
+    speed = "" if bandwidth is None else f" ({bandwidth / chosen.full_bytes:.0f} tokens/s)"
+    return (
+        f"{_text(chosen)}: about {chosen.speed:.1f}x dense at {n_ctx} tokens{speed}, {_share(chosen.held, whole)} of "
+        f"its cache; of {len(frontier()['points'])} that were measured the one that does at the least divergence "
+        f"({chosen.kld:.3f} nats, on {frontier()['model']})"
+    )
+
+
+def read_per_token(file: GGUFFile) -> int:
+    """Bytes of weights that a decode step reads: all but embeddings that are not the output too."""
+    unread = ("token_embd.weight",) if "output.weight" in file.tensors else ()
+    return sum(tensor.data.nbytes for name, tensor in file.tensors.items() if name not in unread)
+
+
+def _candidates(config: ModelConfig, n_ctx: int, weight_bytes: int, kv: str, device: str) -> Iterator[Candidate]:
+    """All measured points that fit this model."""
+    data = frontier()
+    reach = data["efficiency"].get(device, {})
+
+    def full_bytes(policy: Policy, kv: str) -> float:
+        read = policy.bytes_read(config, policy.plan(config, n_ctx, *get_stores(kv)), n_ctx)
+        share = reach.get(f"{policy.name} {kv}", reach.get(policy.name, 1.0))
+        return float(weight_bytes / reach.get("weights", 1.0) + read / share)
+
+    base = full_bytes(parse_policy(DENSE), "f16")
+    for point in data["points"]:
+        if kv not in ("auto", point["kv"]):
+            continue
+        policy, stores = _scaled(parse_policy(point["policy"]), config, n_ctx, data), get_stores(point["kv"])
+        try:
+            policy.check(config, n_ctx, *stores)
+        except UsageError:
+            continue
+        held = policy.plan(config, n_ctx, *stores).nbytes(config)
+        own = full_bytes(policy, point["kv"])
+        yield Candidate(policy, point["kv"], point["kld"], base / own, own, held)
+
+
+def _scaled(policy: Policy, config: ModelConfig, n_ctx: int, data: Mapping[str, Any]) -> Policy:
+    """The same shares of this model's heads and context. A budget is a share as it is."""
+    if not isinstance(policy, (SparQ, TopK)):
+        return policy
+    policy = replace(policy, k=max(1, policy.k * n_ctx // data["n_ctx"]))
+    if isinstance(policy, SparQ):
+        policy = replace(policy, r=max(1, min(policy.r * config.head_dim // data["head_dim"], config.head_dim)))
+    return policy
+
+
+def _bytes(budget: Budget, whole: int) -> int:
+    return int(budget.amount if budget.unit == "bytes" else budget.amount * whole)
+
+
+def _share(nbytes: int, whole: int) -> str:
+    share = Fraction(nbytes, max(whole, 1))
+    return f"{100 * float(share):.0f} %"
+
+
+def _text(candidate: Candidate) -> str:
+    return f"{candidate.policy} with --kv {candidate.kv}"

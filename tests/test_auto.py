@@ -1,0 +1,140 @@
+"""`--policy auto`: which measured point is taken to which model, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cli, only_line
+
+from minirt import UsageError, auto
+from minirt.auto import Auto, choose
+from minirt.bandwidth.synthetic import config_of
+from minirt.policies import parse_policy
+from minirt.stores import get_stores
+
+DATA = {
+    "model": "a model",
+    "head_dim": 64,
+    "n_ctx": 2048,
+    "efficiency": {"cpu": {"weights": 1.0, "dense": 0.5, "sparq": 0.25, "dense q8_0": 0.4}},
+    "points": [
+        {"policy": "dense", "kv": "f16", "kld": 0.0},
+        {"policy": "dense", "kv": "q8_0", "kld": 0.001},
+        {"policy": "sparq:r=8:k=64", "kv": "f16", "kld": 0.04},
+        {"policy": "tova:budget=1/8", "kv": "f16", "kld": 0.2},
+    ],
+}
+CONFIG = config_of("7b")
+N = 16384
+DENSE = 2 * N * 32 * 32 * 128 * 2  # bytes of the cache
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "frontier", lambda: DATA)
+
+
+def pick(speed: str | None = None, kv_bytes: str | None = None, **changes: Any) -> auto.Candidate:
+    given = {"config": CONFIG, "n_ctx": N, "weight_bytes": 0, "kv": "auto", "device": "cpu"} | changes
+    return choose(Auto.parse(speed, kv_bytes), **given)
+
+
+@pytest.mark.usefixtures("measured")
+def test_the_least_divergence_that_is_fast_enough() -> None:
+    assert str(pick("1x").policy) == "dense"
+    quick = pick("1.2x")
+    assert (str(quick.policy), quick.kv) == ("dense", "q8_0")
+    assert quick.speed == pytest.approx(0.4 / 0.5 * 64 / 34)  # bytes of 32 numbers
+    sparse = pick("2x")
+    assert str(sparse.policy) == "sparq:r=16:k=512"  # 8 of 64 components are 16 of 128; 64 of 2048 tokens 512 of 16384
+    bytes_of = N * 16 + 2 * 512 * 128 + 2 * 128  # a head, in float16 numbers; the mean is float32
+    assert sparse.speed == pytest.approx(0.25 / 0.5 * 2 * N * 128 / bytes_of)
+    assert sparse.full_bytes == pytest.approx(2 * 32 * 32 * bytes_of / 0.25)
+
+
+@pytest.mark.usefixtures("measured")
+def test_weights_take_their_time_too() -> None:
+    weights = DENSE
+    assert pick("1.2x", weight_bytes=weights).speed == pytest.approx(3 / (1 + 34 / 64 / 0.4))
+    with pytest.raises(UsageError, match=r"--speed 3x: the most to expect at 16384 tokens is 2\.\d\dx \(tova"):
+        pick("3x", weight_bytes=weights)
+
+
+@pytest.mark.usefixtures("measured")
+def test_the_least_divergence_that_is_small_enough() -> None:
+    half = pick(kv_bytes="9/16")
+    assert (str(half.policy), half.kv, half.held) == ("dense", "q8_0", DENSE * 34 // 64)
+    assert str(pick(kv_bytes="1/2").policy) == "tova:budget=1/8"
+    assert str(pick(kv_bytes="2GiB").policy) == "tova:budget=1/8"
+    with pytest.raises(UsageError, match=r"--kv-bytes 1MiB: the least is 13 % \(tova:budget=1/8 with --kv f16\)"):
+        pick(kv_bytes="1MiB")
+
+
+@pytest.mark.usefixtures("measured")
+def test_both_at_once_and_a_given_type() -> None:
+    assert str(pick("2x", "1/2").policy) == "tova:budget=1/8"
+    assert pick("1.1x", kv="q8_0").kv == "q8_0"
+    with pytest.raises(UsageError, match="--speed 2x"):
+        pick("2x", kv="q8_0")
+
+
+@pytest.mark.usefixtures("measured")
+def test_what_a_model_cannot_have_is_left_out() -> None:
+    assert str(pick("1.2x", config=replace(CONFIG, head_dim=80)).policy) != "dense"  # blocks are of 32 numbers
+    with pytest.raises(UsageError, match="sliding window"):
+        pick("2x", config=replace(CONFIG, sliding_window=512))
+    short = pick("1.3x", n_ctx=64)
+    assert parse_policy(str(short.policy)) == short.policy
+    short.policy.check(CONFIG, 64, *get_stores(short.kv))
+
+
+@pytest.mark.parametrize(
+    ("speed", "kv_bytes", "message"),
+    [
+        (None, None, "takes --speed"), ("0.5x", None, "--speed 0.5x is not"), ("2xx", None, "--speed 2xx"),
+        ("nan", None, "--speed nan"), (None, "512", "--kv-bytes 512 is not"), (None, "2/1", "--kv-bytes 2/1"),
+    ],
+)  # fmt: skip
+def test_what_is_no_wish(speed: str | None, kv_bytes: str | None, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Auto.parse(speed, kv_bytes)
+
+
+def test_what_was_measured_is_there() -> None:
+    data = json.loads(auto.FRONTIER.read_text())
+    assert {"dense", "weights"} <= data["efficiency"]["cpu"].keys()
+    for point in data["points"]:
+        parse_policy(point["policy"])
+        get_stores(point["kv"])
+        assert point["kld"] >= 0
+    assert ("dense", "f16") in {(point["policy"], point["kv"]) for point in data["points"]}
+
+
+def test_chat_and_run_say_what_they_picked(cli: Cli, tiny: Path) -> None:
+    result = cli("run", tiny, "-p", "a", "-n", 2, "--no-stats", "--policy", "auto", "--kv-bytes", "1/2")
+    assert result.exit_code == 0, result.stderr
+    line = result.stderr.splitlines()[0]
+    assert line.startswith("minirt: --policy auto: ")
+    assert "tokens/s), " in line
+    result = cli("chat", tiny, "--policy", "auto", "--speed", "1x", "-n", 2, input="hi\n")
+    assert result.exit_code == 0, result.stderr
+    assert "--policy auto: dense with --kv f16: about 1.0x dense at 256 tokens" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--policy", "auto"), "--policy auto takes --speed"),
+        (("--policy", "auto", "--speed", "2x", "--r", "8"), "--r goes with a policy"),
+        (("--speed", "2x"), "--speed goes with --policy auto"),
+        (("--kv-bytes", "1/8"), "--kv-bytes goes with --policy auto"),
+        (("--policy", "auto", "--speed", "900x"), "the most to expect"),
+    ],
+)
+def test_wrong_flags(cli: Cli, tiny: Path, flags: tuple[str, ...], message: str) -> None:
+    result = cli("run", tiny, "-p", "a", *flags)
+    assert (result.exit_code, message in only_line(result.stderr)) == (2, True)

@@ -1,0 +1,84 @@
+"""The plots of tools/results/REPORT.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from paper_numbers import FIGURE_9, SPARQ_CPU, TOVA
+
+Row = dict[str, Any]
+SIZE = (6.4, 4.0)  # inches
+
+
+def draw(rows: Any, points: list[Row], frontier: Callable[[list[Row], str], list[Row]], folder: Path) -> None:
+    """Writes a PNG for each plot. rows, frontier: of paper_report."""
+    folder.mkdir(exist_ok=True)
+    for name, plot in (("attention", _attention), ("figure_9", _figure_9), ("throughput", _throughput)):
+        figure, axes = _new()
+        plot(axes, rows)
+        axes.legend()
+        axes.grid(alpha=0.3)
+        figure.savefig(folder / f"{name}.png", dpi=110)
+    _pareto(points, frontier, folder / "pareto.png")
+
+
+def _new(columns: int = 1) -> Any:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(SIZE[0] * columns, SIZE[1]), layout="constrained")
+    return figure, figure.subplots(1, columns)
+
+
+def _line(axes: Any, found: list[Row], value: Callable[[Row], float], **style: Any) -> None:
+    found = sorted(found, key=lambda row: row["depth"])
+    axes.plot([row["depth"] for row in found], [value(row) for row in found], **style)
+
+
+def _attention(axes: Any, rows: Any) -> None:
+    for i, policy in enumerate(("sparq:r=16:k=64", "sparq:r=32:k=128", "sparq:r=32:k=128:k_index=q4")):
+        found = rows.find(benchmark="attention", model="32/32x128", batch=1, kv="f16", policy=policy)
+        _line(axes, found, lambda r: r["speed_up"], marker="o", color=f"C{i}", label=policy)
+        _line(axes, found, lambda r: r["ratio_of_bytes"], linestyle=":", color=f"C{i}")
+    theirs = list(SPARQ_CPU)
+    axes.plot(
+        theirs, [SPARQ_CPU[s][0] / SPARQ_CPU[s][1] for s in theirs], "x--", color="0.5", label="authors, r=16 k=64"
+    )
+    axes.set(xscale="log", yscale="log", xlabel="S", ylabel="speed-up over dense (dotted: ratio of bytes)")
+
+
+def _figure_9(axes: Any, rows: Any) -> None:
+    found = rows.find(benchmark="end-to-end", model="7b Q8_0, 4 layers", policy="sparq:r=d/12:k=S/12", batch=1)
+    _line(axes, found, lambda r: r["full_speed_up"], marker="o", label="minirt, 32 layers")
+    _line(axes, found, lambda r: r["full_theory"], linestyle=":", color="C0", label="ratio of bytes")
+    axes.plot(
+        list(FIGURE_9), [dense / sparse for dense, sparse in FIGURE_9.values()], "x--", color="0.5", label="paper"
+    )
+    axes.axhline(1, color="0.7", linewidth=0.8)
+    axes.set(xscale="log", xlabel="S", ylabel="speed-up over dense, 7B shape, Q8_0")
+
+
+def _throughput(axes: Any, rows: Any) -> None:
+    for same, label in (("memory", "minirt, same memory"), ("batch", "minirt, same batch")):
+        found = [r for r in rows.find(benchmark="throughput", same=same) if r["policy"].startswith("tova:budget=")]
+        budgets = [int(row["policy"].partition("=")[2]) for row in found]
+        axes.plot(budgets, [row["speed_up"] for row in found], "o-", label=label)
+    axes.plot(list(TOVA), [gain for _, gain in TOVA.values()], "x--", color="0.5", label="TOVA's paper, same memory")
+    axes.set(xscale="log", xlabel="budget of 4096 tokens", ylabel="tokens/s over dense")
+
+
+def _pareto(points: list[Row], frontier: Callable[[list[Row], str], list[Row]], path: Path) -> None:
+    figure, panels = _new(2)
+    for axes, axis, label in zip(panels, ("read", "held"), ("read for a token", "held"), strict=True):
+        for i, name in enumerate(dict.fromkeys(p["policy"].partition(":")[0] for p in points)):
+            own = [p for p in points if p["policy"].partition(":")[0] == name and p["kld"] > 0]
+            axes.scatter([100 * p[axis] for p in own], [p["kld"] for p in own], s=22, color=f"C{i}", label=name)
+        best = [p for p in frontier(points, axis) if p["kld"] > 0]
+        axes.plot([100 * p[axis] for p in best], [p["kld"] for p in best], color="0.4", linewidth=0.9, zorder=0)
+        axes.set(
+            xscale="log", yscale="log", xlabel=f"cache bytes {label}, % of dense float16", ylabel="KL divergence, nats"
+        )
+        axes.grid(alpha=0.3)
+    panels[1].legend(fontsize=8)
+    figure.savefig(path, dpi=110)

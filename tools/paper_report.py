@@ -1,0 +1,137 @@
+"""Makes the tables of README.md, tools/results/REPORT.md with its plots, and minirt/frontier.json, of measured results.
+
+    tools/paper_grids.sh tools/results/bandwidth_cpu.jsonl
+    python tools/measure_pareto.py --model smollm2-q4_0.gguf --text tinyshakespeare.txt -o tools/results/pareto.json
+    python tools/paper_report.py
+
+Nothing is measured here and no number is written by hand: papers' numbers are in paper_numbers.py with their sources.
+Plots need matplotlib (minirt[plot]); without it the others are made.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import paper_plots  # noqa: E402
+import paper_tables as tables  # noqa: E402
+from paper_numbers import FIGURE_9, FIGURE_10  # noqa: E402
+from paper_tables import FIGURE_9_POLICY, FIGURE_10_POLICY, GQA_MODEL, MHA, MODEL, RESULTS, SPARSE, Quality, Rows  # noqa: E402
+
+from minirt.auto import FRONTIER  # noqa: E402
+
+TEXT = Path(__file__).with_suffix(".md")
+README = Path(__file__).parents[1] / "README.md"
+
+
+def advice(quality: Quality) -> str:
+    """The README's: what to take, by what is short."""
+    lines = []
+    for what, axis in (("to read", "read"), ("to hold", "held")):
+        for most in (0.55, 0.3, 0.15, 0.1):
+            fitting = [p for p in quality.points if p[axis] <= most]
+            if fitting:
+                p = min(fitting, key=lambda p: p["kld"])
+                flags = f"--policy {p['policy']}" + (f" --kv {p['kv']}" if p["kv"] != "f16" else "")
+                lines.append([
+                    f"{100 * most:.0f} % {what}", f"`{flags}`", f"{100 * p['read']:.0f} % / {100 * p['held']:.0f} %",
+                    f"{p['kld']:.3f}", f"{100 * p['same_top']:.0f} %", tables.repeated(p),
+                ])  # fmt: skip
+    lines.insert(0, ["all", "`--policy dense`", "100 % / 100 %", "0", "100 %", tables.repeated(quality.dense)])
+    head = "bytes of the cache, of dense's | take | reads / holds | KL divergence | same token | characters repeated"
+    return tables.table(head, lines)
+
+
+def frontier(rows: Rows, quality: Quality) -> str:
+    """What --policy auto chooses from, as JSON."""
+    reach: dict[str, float] = {}
+    for row in rows.find(benchmark="attention", batch=1):
+        if row["depth"] in (8192, 16384) and row["model"] == MHA:
+            name = row["policy"].partition(":")[0]
+            for key in (name, f"{name} {row['kv']}") if row["kv"] == "f16" else (f"{name} {row['kv']}",):
+                reach[key] = round(row["percent_of_memory"] / 100, 3)
+    short = min(
+        (r for r in rows.find(benchmark="end-to-end", policy="dense") if ".gguf" in r["model"]),
+        key=lambda r: r["depth"],
+    )
+    reach["weights"] = round(short["percent_of_memory"] / 100, 3)
+    names = ("policy", "kv", "kld", "same_top", "repetition")
+    points = [{name: point[name] for name in names} for point in quality.points]
+    data = {
+        "model": quality.data["model"].removesuffix(".gguf"), "text": quality.data["text"], "head_dim": 64,
+        "n_ctx": quality.data["n_ctx"], "efficiency": {"cpu": reach}, "points": points,
+    }  # fmt: skip
+    return json.dumps(data, indent=1) + "\n"
+
+
+def report(rows: Rows, quality: Quality) -> str:
+    """paper_report.md with its tables."""
+    first = rows.all[0]
+    bandwidths = [row["memory_bytes_per_second"] / 1e9 for row in rows.all]
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
+    return environment.from_string(TEXT.read_text()).render(
+        first=first,
+        q=quality.data,
+        versions=", ".join(f"{name} {version}" for name, version in first["versions"].items()),
+        commits=", ".join(sorted({row["commit"] for row in rows.all})),
+        slowest=f"{min(bandwidths):.1f}",
+        fastest=f"{max(bandwidths):.1f}",
+        attention=tables.attention(rows, quality),
+        least_share=_first_share(rows),
+        batches=tables.batches(rows),
+        grouped=tables.grouped(rows),
+        policies=tables.policies(rows, quality),
+        caches=tables.caches(rows, quality),
+        figure_9=tables.models(rows, quality, MODEL, FIGURE_9_POLICY, FIGURE_9),
+        figure_10=tables.models(rows, quality, MODEL, FIGURE_10_POLICY, FIGURE_10),
+        alone=tables.models(rows, quality, MODEL, SPARSE, {}),
+        grouped_model=tables.models(rows, quality, GQA_MODEL, FIGURE_9_POLICY, {}),
+        real=tables.real(rows, quality),
+        throughput=tables.throughput(rows, quality),
+        palu=tables.palu(),
+        by_read=tables.pareto(quality, "read"),
+        by_held=tables.pareto(quality, "held"),
+    )
+
+
+def _first_share(rows: Rows) -> str:
+    found = rows.find(benchmark="attention", model=MHA, batch=1, kv="f16", policy=SPARSE)
+    first = min(found, key=lambda row: row["depth"])
+    return f"{100 * first['speed_up'] / first['ratio_of_bytes']:.0f} %"
+
+
+def fill_in(text: str, name: str, content: str) -> str:
+    """The text with what stands between the marks of that name renewed."""
+    begin, end = f"<!-- {name}: made by tools/paper_report.py -->", f"<!-- end of {name} -->"
+    found = re.search(f"{re.escape(begin)}.*?{re.escape(end)}", text, re.DOTALL)
+    if found is None:
+        raise SystemExit(f"README.md has no marks '{begin}' and '{end}'")
+    return text.replace(found[0], f"{begin}\n{content}\n{end}")
+
+
+def readme(rows: Rows, quality: Quality, text: str) -> str:
+    """README.md with its tables renewed."""
+    text = fill_in(text, "speed", tables.models(rows, quality, MODEL, FIGURE_9_POLICY, FIGURE_9))
+    return fill_in(text, "advice", advice(quality))
+
+
+def main() -> None:
+    rows, quality = Rows(RESULTS / "bandwidth_cpu.jsonl"), Quality(RESULTS / "pareto.json")
+    (RESULTS / "REPORT.md").write_text(report(rows, quality))
+    FRONTIER.write_text(frontier(rows, quality))
+    README.write_text(readme(rows, quality, README.read_text()))
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: they need matplotlib, pip install 'minirt[plot]'", file=sys.stderr)
+        return
+    paper_plots.draw(rows, quality.points, tables.frontier, RESULTS / "plots")
+
+
+if __name__ == "__main__":
+    main()
