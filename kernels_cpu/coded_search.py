@@ -207,7 +207,7 @@ def _score(  # type: ignore[no-untyped-def]
 @kernel
 def approximate_top_k(  # type: ignore[no-untyped-def]
     crew, q, codes, scales, k, stop, r, local, sum_logits, rotated, coded_heads, vectors, heads, logits, ranks, rows,
-    weights,
+    weights, least, counts,
 ):  # fmt: skip
     """sparse.approximate_top_k by codes; by rows of k [B, H_kv, slots, blocks], rotated or not, where there are none.
 
@@ -228,7 +228,7 @@ def approximate_top_k(  # type: ignore[no-untyped-def]
     largest, total = np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
     unfinished, mode = parts_of_heads(stop, tokens, n_head_kv), OF_LOGITS if sum_logits else OF_PROBABILITIES
     of = (unowned(largest), unowned(total), unowned(unfinished), unowned(ranks), mode)
-    of_head = (*of, local, unowned(rows), unowned(weights))
+    of_head = (*of, local, unowned(rows), unowned(weights), least, unowned(counts))
     args = (unowned(codes), unowned(scales), unowned(k), unowned(queries), unowned(stop), tokens, most, r, *chosen)
     share(crew, tasks, _score, (*args, coded_heads, vectors, heads, unowned(logits), of_head))
     hold((offsets, factors, queries, largest, total, unfinished))

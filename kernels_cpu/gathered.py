@@ -133,12 +133,19 @@ def add_listed(
 
 
 @kernel
-def _rows_fit(rows, stop, slots):  # type: ignore[no-untyped-def]
-    """Whether all rows [B, H_kv, k] that count, the first stop[b] of them, are slots."""
+def _counted(rows, stop, counts, b, h):  # type: ignore[no-untyped-def]
+    """How many of rows [B, H_kv, k] count: the first stop[b], or counts[b, h, 0] of them if there are counts."""
+    n = min(rows.shape[2], np.int64(stop[b]))
+    return max(0, min(n, np.int64(counts[b, h, 0]))) if len(counts) > 0 else n
+
+
+@kernel
+def _rows_fit(rows, stop, counts, slots):  # type: ignore[no-untyped-def]
+    """Whether all rows [B, H_kv, k] that count are slots."""
     for b in range(len(rows)):
         for h in range(rows.shape[1]):
             outside = False
-            for i in range(min(rows.shape[2], stop[b])):
+            for i in range(_counted(rows, stop, counts, b, h)):
                 outside |= rows[b, h, i] < 0 or rows[b, h, i] >= slots
             if outside:
                 return False
@@ -155,11 +162,16 @@ def _parts(k, heads):  # type: ignore[no-untyped-def]
 
 @kernel
 def _attend_part(  # type: ignore[no-untyped-def]
-    q, k, v, rows, stop, scale, parts, length, weights, vectors, scored, summed, sums, largest, total, alpha, task
-):
+    q, k, v, rows, stop, counts, scale, parts, length, weights, vectors, scored, summed, sums, largest, total, alpha,
+    task,
+):  # fmt: skip
     n_head_kv, group = k.shape[1], q.shape[1] // k.shape[1]
-    b, h, begin = task // (parts * n_head_kv), task // parts % n_head_kv, task % parts * length
-    end = min(begin + length, min(rows.shape[2], np.int64(stop[b])))
+    b, h = task // (parts * n_head_kv), task // parts % n_head_kv
+    count = _counted(rows, stop, counts, b, h)
+    if len(counts) > 0:
+        length = ((count + parts - 1) // parts + 15) // 16 * 16  # threads share what is there, not what might be
+    begin = task % parts * length
+    end = min(begin + length, count)
     p, first, d = np.empty((group, TILE), np.float32), h * group, sums.shape[2]
     for g in range(group):
         largest[task, g], total[task, g], alpha[task, g] = -np.inf, 0.0, 0.0
@@ -186,8 +198,11 @@ def _attend_part(  # type: ignore[no-untyped-def]
 
 
 @kernel
-def attend_rows(crew, q, k, v, rows, stop, scale, weights, mean, vectors, scored, summed, out):  # type: ignore[no-untyped-def]
-    """out [B, H_q, d] = attention of q to slots rows [B, H_kv, k], the first stop[b] of them.
+def attend_rows(  # type: ignore[no-untyped-def]
+    crew, q, k, v, rows, stop, counts, scale, weights, mean, vectors, scored, summed, out
+):
+    """out [B, H_q, d] = attention of q to slots rows [B, H_kv, k], the first stop[b] of them; with counts [B, H_kv, 3],
+    which may be empty, the first counts[b, h, 0].
 
     With a mean [B, H_kv, d or less]: alpha times that and 1 - alpha times the mean, where alpha is the sum of the rows'
     weights [B, H_q, k]; without, both are empty. vectors, scored, summed: as in `attend`. Returns whether rows are
@@ -195,7 +210,7 @@ def attend_rows(crew, q, k, v, rows, stop, scale, weights, mean, vectors, scored
     """
     n_seq, n_head, d = q.shape
     n_head_kv = k.shape[1]
-    if not _rows_fit(rows, stop, k.shape[2]):
+    if not _rows_fit(rows, stop, counts, k.shape[2]):
         return False
     group = n_head // n_head_kv
     parts, length = _parts(rows.shape[2], n_seq * n_head_kv)
@@ -203,7 +218,7 @@ def attend_rows(crew, q, k, v, rows, stop, scale, weights, mean, vectors, scored
     sums, state = np.empty((tasks, group, d), np.float32), np.empty((3, tasks, group), np.float32)
     largest, total, alpha = state[0], state[1], state[2]
     queries = queries_for(k, q)
-    chosen = (unowned(rows), unowned(stop), scale, parts, length, unowned(weights))
+    chosen = (unowned(rows), unowned(stop), unowned(counts), scale, parts, length, unowned(weights))
     of = (unowned(queries), unowned(k), unowned(v), *chosen)
     to = (unowned(sums), unowned(largest), unowned(total), unowned(alpha))
     share(crew, tasks, _attend_part, (*of, vectors, scored, summed, *to))
@@ -257,7 +272,7 @@ def add_rows(crew, v, rows, stop, weights, vectors, summed, out):  # type: ignor
     """
     n_seq, n_head, d = out.shape
     n_head_kv = v.shape[1]
-    if not _rows_fit(rows, stop, v.shape[2]):
+    if not _rows_fit(rows, stop, np.empty((0, 0, 0), np.int32), v.shape[2]):
         return False
     parts, length = _parts(rows.shape[2], n_seq * n_head_kv)
     sums = np.empty((n_seq * n_head_kv * parts, n_head // n_head_kv, d), np.float32)

@@ -143,8 +143,9 @@ def count_down(typingctx: Any, where: Any) -> Any:
 
 @kernel
 def finish_part(  # type: ignore[no-untyped-def]
-    b, h, begin, end, stop, tokens, most, task, logits, largest, total, unfinished, ranks, mode, local, rows, weights
-):
+    b, h, begin, end, stop, tokens, most, task, logits, largest, total, unfinished, ranks, mode, local, rows, weights,
+    least, counts,
+):  # fmt: skip
     """Logits [B, H_q, slots] of a part become exponentials; those of a KV head, when all are there, a choice."""
     group, n, kv_head = largest.shape[1], end - begin, b * ranks.shape[1] + h
     own = address(logits) + b * logits.strides[0] + h * group * logits.strides[1]
@@ -163,7 +164,10 @@ def finish_part(  # type: ignore[no-untyped-def]
         first, parts = kv_head * most, (stop[b] + tokens - 1) // tokens
         _normalise(largest[first : first + parts], total[first : first + parts])
         of = (own, logits.strides[1], tokens, largest[first : first + parts])
-        _choose_rows(np.int64(stop[b]), *of, to, mode, local, rows[b, h], weights[b, h * group : (h + 1) * group])
+        chosen = rows[b, h], weights[b, h * group : (h + 1) * group]
+        _choose_rows(np.int64(stop[b]), *of, to, mode, local, *chosen)
+        if len(counts) > 0:
+            _keep_heavy(*chosen, np.int64(stop[b]), local, least, counts[b, h])
 
 
 @kernel
@@ -198,6 +202,24 @@ def _choose_rows(n, own, own_bytes, tokens, factors, ranks, mode, local, rows, w
         for i in range(min(n, k)):
             p = float_at(own + g * own_bytes, rows[i]) * factors[rows[i] // tokens, g]
             weights[g, i] = p if p > 0 else np.float32(0.0)
+
+
+@kernel
+def _keep_heavy(rows, weights, stop, local, least, counts):  # type: ignore[no-untyped-def]
+    """Of rows [k] of a text of `stop` tokens and weights [group, k], those that stay become the first: see Ops."""
+    group, k = weights.shape
+    bound, kept = least * np.float32(group), 0
+    for i in range(min(stop, k)):
+        total = np.float32(0.0)
+        for g in range(group):
+            total += weights[g, i]
+        rows[kept] = rows[i]
+        for g in range(group):
+            weights[g, kept] = weights[g, i]
+        kept += total >= bound or rows[i] >= stop - local
+    counts[0] = kept
+    counts[1] += kept
+    counts[2] += 1
 
 
 # -- by a few components -----------------------------------------------------------------------------------------------
@@ -250,8 +272,12 @@ def _score_few(index, stop, tokens, most, r, offsets, factors, heads, logits, of
 
 
 @kernel
-def approximate_top_k(crew, q, index, stop, r, local, sum_logits, heads, logits, ranks, rows, weights):  # type: ignore[no-untyped-def]
+def approximate_top_k(  # type: ignore[no-untyped-def]
+    crew, q, index, stop, r, local, sum_logits, heads, logits, ranks, rows, weights, least, counts
+):
     """rows [B, H_kv, k], weights [B, H_q, k]: see Ops; queries q [B, H_q, d]. The last `local` are among them.
+
+    counts [B, H_kv, 3], or empty: all k stay.
 
     logits [B, H_q, slots], ranks [B, H_kv, slots]: scratch, with the slots of the index.
     """
@@ -265,7 +291,7 @@ def approximate_top_k(crew, q, index, stop, r, local, sum_logits, heads, logits,
     largest, total = np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
     unfinished, mode = parts_of_heads(stop, tokens, n_head_kv), OF_LOGITS if sum_logits else OF_PROBABILITIES
     of = (unowned(largest), unowned(total), unowned(unfinished), unowned(ranks), mode)
-    of_head = (*of, local, unowned(rows), unowned(weights))
+    of_head = (*of, local, unowned(rows), unowned(weights), least, unowned(counts))
     args = (unowned(index), unowned(stop), tokens, most, r, *chosen, heads, unowned(logits))
     share(crew, tasks, _score_few, (*args, of_head))
     hold((offsets, factors, largest, total, unfinished))
@@ -288,7 +314,7 @@ def _score_all(q, k, stop, scale, tokens, most, vectors, heads, logits, of, task
 
 
 @kernel
-def exact_top_k(crew, q, k, stop, scale, vectors, heads, logits, ranks, rows, weights):  # type: ignore[no-untyped-def]
+def exact_top_k(crew, q, k, stop, scale, vectors, heads, logits, ranks, rows, weights, counts):  # type: ignore[no-untyped-def]
     """The same by whole keys k [B, H_kv, slots, blocks].
 
     logits and ranks have the slots of k, rounded up to 16; vectors, heads: see tiles.score_rows.
@@ -299,7 +325,7 @@ def exact_top_k(crew, q, k, stop, scale, vectors, heads, logits, ranks, rows, we
     largest, total = np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
     unfinished = parts_of_heads(stop, tokens, n_head_kv)
     of = (unowned(largest), unowned(total), unowned(unfinished), unowned(ranks), OF_PROBABILITIES)
-    of_head = (*of, 0, unowned(rows), unowned(weights))
+    of_head = (*of, 0, unowned(rows), unowned(weights), np.float32(0.0), unowned(counts))
     queries = queries_for(k, q)
     args = (unowned(queries), unowned(k), unowned(stop), scale, tokens, most, vectors, heads, unowned(logits))
     share(crew, tasks, _score_all, (*args, of_head))

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from minirt.checks import check_choice, check_components, check_index, check_ranges, check_rows, index_slots
+from minirt.checks import (
+    check_choice,
+    check_components,
+    check_counts,
+    check_index,
+    check_ranges,
+    check_rows,
+    index_slots,
+)
 from minirt.ops import KV, CodedIndex
 from minirt.stores import row_numbers
 
@@ -27,6 +35,7 @@ MOST_TOGETHER = 8  # query heads that see a number of the index when it is read
 _RECORDS = {np.dtype(np.float32): FORMATS["F32"].dtype, np.dtype(np.float16): FORMATS["F16"].dtype}
 _INT32, _FLOAT16 = np.dtype(np.int32), np.dtype(np.float16)
 _NOTHING = np.empty((0, 0, 0), np.float32)
+_NO_COUNTS = np.empty((0, 0, 0), np.int32)
 
 
 class SparseOps:
@@ -77,20 +86,28 @@ class SparseOps:
         k: int,
         local: int,
         sum_logits: bool,
+        least: float = 0.0,
+        counts: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         check_components(q, index, r)
         check_choice(len(q), slots := index_slots(index), stop, k, 0, local)
         n_head_kv = (index.codes if isinstance(index, CodedIndex) else index).shape[1]
+        if counts is None:
+            counts = _NO_COUNTS
+        else:
+            check_counts(counts, len(q), n_head_kv, local)
         heads = _together(q.shape[1] // n_head_kv, MOST_TOGETHER)
         out, q = self._chosen(q.shape[:2], n_head_kv, whole_vectors(slots), k), self._in_order(q)
         how: tuple[Any, ...] = (r, local, sum_logits)
+        of_counts = np.float32(least), counts
         if isinstance(index, CodedIndex):
             arrays, rotated, vectors = _coded(index, q.shape[2])
             _, scored, _ = _held(q.shape[1] // n_head_kv, len(vectors))
             how = (*how, rotated, heads, vectors, scored)
-            self._run(coded_search.approximate_top_k, self._crew.call(), q, *arrays, stop, *how, *out)
+            self._run(coded_search.approximate_top_k, self._crew.call(), q, *arrays, stop, *how, *out, *of_counts)
         else:
-            self._run(sparse.approximate_top_k, self._crew.call(), q, _records(index), stop, *how, heads, *out)
+            args = q, _records(index), stop, *how, heads, *out, *of_counts
+            self._run(sparse.approximate_top_k, self._crew.call(), *args)
         return out[2], out[3]
 
     def exact_top_k(self, q: np.ndarray, kv: KV, stop: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,7 +118,7 @@ class SparseOps:
         vectors, scored, _ = _held(q.shape[1] // n_head_kv, q.shape[2] // LANES)
         out = self._chosen(q.shape[:2], n_head_kv, whole_vectors(slots), k)
         q = self._like("queries", kv.k, q)
-        self._run(sparse.exact_top_k, self._crew.call(), q, kv.k, stop, scale, vectors, scored, *out)
+        self._run(sparse.exact_top_k, self._crew.call(), q, kv.k, stop, scale, vectors, scored, *out, _NO_COUNTS)
         return out[2], out[3]
 
     def _chosen(self, queries: tuple[int, ...], n_head_kv: int, slots: int, k: int) -> tuple[np.ndarray, ...]:
@@ -129,6 +146,7 @@ class SparseOps:
         stop: np.ndarray,
         weights: np.ndarray | None,
         mean: np.ndarray | None,
+        counts: np.ndarray | None = None,
     ) -> np.ndarray:
         d, q = q.shape[2], self._in_order(self._padded(q))
         check_ranges(q, kv, stop, stop)
@@ -140,10 +158,14 @@ class SparseOps:
             _check_weights(weights, q.shape[:2], rows)
             check(mean.shape == (*kv.v.shape[:2], d), "means", mean.shape, kv.v.shape)
             mean = self._like("means", kv.v, mean)
+        if counts is None:
+            counts = _NO_COUNTS
+        else:
+            check_counts(counts, *rows.shape[:2])
         out = self._buffer("attended rows", q.shape)
         held = _held(q.shape[1] // kv.k.shape[1], q.shape[2] // LANES)
         scale, q = np.float32(1.0 / math.sqrt(d)), self._like("queries", kv.k, q)
-        of = q, kv.k, kv.v, rows, stop, scale, weights, mean
+        of = q, kv.k, kv.v, rows, stop, counts, scale, weights, mean
         _check_done(self._run(gathered.attend_rows, self._crew.call(), *of, *held, out), kv)
         return self._without_padding(self._back(kv.v, out), d)
 

@@ -176,8 +176,8 @@ def measure(
     weight_bytes = kv_bytes = None
     if not w.n_prompt:
         weight_bytes = bytes_per_token(llama.decoder.weights) / w.n_sequences
-        seen = range(w.n_depth + 1, w.n_ctx + 1)
-        kv_bytes = statistics.fmean(decoder.policy.bytes_read(config, plan, n) for n in seen)
+        seen = itertools.product(range(w.n_sequences), range(w.n_depth + 1, w.n_ctx + 1))
+        kv_bytes = statistics.fmean(decoder.policy.bytes_touched(decoder.ops, config, cache, *of) for of in seen)
     return Result(
         w, str(decoder.policy), stores_text(*stores), test_time, tuple(samples[warmup:]), weight_bytes, kv_bytes
     )

@@ -197,6 +197,13 @@ def check_choice(n_seq: int, slots: int, stop: np.ndarray, k: int, head: int = 0
         raise ValueError(f"the first {head} and the last {tail} do not fit into the {k} best")
 
 
+def check_counts(counts: Any, n_seq: int, n_head_kv: int, local: int = 1) -> None:
+    if local < 1:
+        raise ValueError("none may be left of the rows if the last is not always among them")
+    if counts.shape != (n_seq, n_head_kv, 3) or counts.dtype != np.int32 or not counts.flags.c_contiguous:
+        raise ValueError(f"counts {counts.shape} of {counts.dtype} do not fit {n_seq} sequences of {n_head_kv} heads")
+
+
 def check_components(q: np.ndarray, index: np.ndarray | CodedIndex, r: int) -> None:
     n_seq, n_head_kv, _, d, tokens = _index_shape(index)
     if len(q) != n_seq or q.shape[2] != d or q.shape[1] % n_head_kv or r < 1 or tokens % INDEX_UNIT:

@@ -276,7 +276,16 @@ class Ops(Protocol):
         """mean [B, H_kv, d] of one sequence becomes that of the first n rows of v [B, H_kv, slots, d]; 0 for n = 0."""
 
     def approximate_top_k(
-        self, q: Array, index: Array | CodedIndex, stop: IntArray, r: int, k: int, local: int, sum_logits: bool
+        self,
+        q: Array,
+        index: Array | CodedIndex,
+        stop: IntArray,
+        r: int,
+        k: int,
+        local: int,
+        sum_logits: bool,
+        least: float = 0.0,
+        counts: Array | None = None,
     ) -> tuple[Array, Array]:
         """SparQ, step 1: the k of slots 0 ... stop[b] - 1 that seem to weigh most, and what each seems to weigh.
 
@@ -284,17 +293,29 @@ class Ops(Protocol):
         tau = sqrt(d |q_r|_1 / |q|_1), become probabilities. Rows [B, H_kv, k] are as in `top_k`, by the sum of the
         probabilities over the group, or of the logits if sum_logits, the last `local` always among them; weights
         [B, H_q, k] are the probabilities there. NaN in logits counts as -inf.
+
+        With counts int32 [B, H_kv, 3], of these k only the last `local` >= 1 slots stay, and those whose weight is at
+        least `least` on average over the group. They move to the front of their row, in order, and so do their weights;
+        what follows has no meaning. counts[b, h] becomes how many stay, then the sum of that over all calls, and how
+        many calls; where stop[b] = 0 nothing changes.
         """
 
     def exact_top_k(self, q: Array, kv: KV, stop: IntArray, k: int) -> tuple[Array, Array]:
         """FlexGen, step 1: the same with all components and sqrt(d): true probabilities. local = 0."""
 
     def attend_rows(
-        self, q: Array, kv: KV, rows: Array, stop: IntArray, weights: Array | None, mean: Array | None
+        self,
+        q: Array,
+        kv: KV,
+        rows: Array,
+        stop: IntArray,
+        weights: Array | None,
+        mean: Array | None,
+        counts: Array | None = None,
     ) -> Array:
         """SparQ, steps 2 and 3: attention of q [B, H_q, d] to slots rows [B, H_kv, k]: y. If stop[b] < k, the first
-        stop[b] of them count. With a mean [B, H_kv, d] of all values: alpha y + (1 - alpha) mean, where alpha is the
-        sum of the rows' weights [B, H_q, k]."""
+        stop[b] of them count; with counts [B, H_kv, 3] no more than the first counts[b, h, 0]. With a mean [B, H_kv, d]
+        of all values: alpha y + (1 - alpha) mean, where alpha is the sum of the rows' weights [B, H_q, k]."""
 
     def add_rows(self, kv: KV, rows: Array, stop: IntArray, weights: Array, d: int) -> Array:
         """FlexGen, step 2: the values of rows [B, H_kv, k] (as in `attend_rows`) times their weights: [B, H_q, d]."""

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import os
+import statistics
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -79,15 +80,18 @@ def together(llama: Llama, n_ctx: int, dense: bool = False) -> int:
     return max(1, min(BATCH_SIZE, available_memory() // MEMORY_SHARE // each))
 
 
-def score(llama: Llama, windows: np.ndarray, group: slice, decode: bool) -> Iterator[Scored]:
+def score(
+    llama: Llama, windows: np.ndarray, group: slice, decode: bool, read: list[float] | None = None
+) -> Iterator[Scored]:
     """Runs some of the windows [n_chunk, n_ctx] and yields what is predicted at each of their scored positions.
 
     decode: by decode steps of all of them together; else each window as a prompt, which shows nothing of a policy.
+    read: see `decoded_logits`.
     """
     n_scored = len(windows[0]) - 1 - first_scored(len(windows[0]))
     if decode:
         rows = np.arange(len(windows))[group] * n_scored
-        for logits, tokens in decoded_logits(llama, windows[group]):
+        for logits, tokens in decoded_logits(llama, windows[group], read):
             yield Scored(rows, logits, tokens)
             rows = rows + 1
         return
@@ -112,8 +116,13 @@ def window_logits(llama: Llama, window: np.ndarray) -> Iterator[tuple[np.ndarray
         yield logits, window[start + 1 : end + 1]
 
 
-def decoded_logits(llama: Llama, windows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Decodes windows [B, n_ctx] together after their first halves; yields (logits [B, n_vocab], next tokens [B])."""
+def decoded_logits(
+    llama: Llama, windows: np.ndarray, read: list[float] | None = None
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Decodes windows [B, n_ctx] together after their first halves; yields (logits [B, n_vocab], next tokens [B]).
+
+    read: receives, at the end, the bytes of cache that a step read on average, of each window.
+    """
     b, n_ctx = windows.shape
     decoder, fed = llama.decoder, [_fed(llama, window) for window in windows]
     cache = decoder.new_cache(decoder.policy.plan(llama.config, n_ctx, *_stores(llama)), b)
@@ -121,6 +130,10 @@ def decoded_logits(llama: Llama, windows: np.ndarray) -> Iterator[tuple[np.ndarr
         _read(decoder, cache, seq, tokens[: first_scored(n_ctx)])
     for at in range(first_scored(n_ctx), n_ctx - 1):
         yield decoder.decode(cache, [tokens[at] for tokens in fed]), windows[:, at + 1]
+    if read is not None:
+        seen, touched = range(first_scored(n_ctx) + 1, n_ctx), decoder.policy.bytes_touched
+        for seq in range(b):
+            read.append(statistics.fmean(touched(decoder.ops, llama.config, cache, seq, n) for n in seen))
 
 
 def dense_log_probs(llama: Llama, windows: np.ndarray) -> Iterator[np.ndarray]:

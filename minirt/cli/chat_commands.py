@@ -142,7 +142,7 @@ def _stats(chat: Chat, argument: str) -> None:
     llama, session = chat.llama, chat.llama.session
     config, policy, cache, plan = llama.config, llama.decoder.policy, session.cache, session.cache.plan
     n, held, stores = len(session.tokens), policy.held(config, cache, session.seq), (plan.k_store, plan.v_store)
-    read = policy.bytes_read(config, plan, n)
+    read = policy.bytes_touched(llama.decoder.ops, config, cache, session.seq, n)
     dense = Dense().bytes_read(config, Dense().plan(config, session.n_ctx, *stores), n)
     share = f", {100 * read / dense:.1f} % of dense" if dense else ""
     say(f"  model            {one_line(config.name)}, {_mib(session.weight_bytes)} of weights read per token")
@@ -159,7 +159,7 @@ def _stats(chat: Chat, argument: str) -> None:
         say(f"  last answer      {timings_line(chat.last.timings, n, session.n_ctx)}")
 
 
-def _mib(n: int) -> str:
+def _mib(n: float) -> str:
     return f"{n / 2**20:.1f} MiB"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -124,6 +125,11 @@ class _Report:
             self.progress(done, self.n)
         self.write(text, nl=nl)
 
+    def read(self, nbytes: list[float]) -> None:
+        """The bytes of cache that a step of each window read, if they were decoded."""
+        if nbytes:
+            self.write(f"KV cache read: {statistics.fmean(nbytes) / 2**20:.2f} MiB per token")
+
     def write(self, text: str, nl: bool = True) -> None:
         if self.as_json:
             return
@@ -154,21 +160,22 @@ def _measure(
     decode = _decodes(engine, decode)
     with engine.load(model) as llama:
         windows = scoring.cut_windows(_tokens(llama, text), llama.n_ctx, n_chunks)
-        running = scoring.Perplexity()
+        running, read = scoring.Perplexity(), list[float]()
         with _base_file(save, windows.shape, llama.config.n_vocab) as base:
             if base is not None:
                 scoring.write_header(base, windows, llama.config.n_vocab)
             for group in report.groups(windows, scoring.together(llama, llama.n_ctx) if decode else 1):
-                for scored in scoring.score(llama, windows, group, decode):
+                for scored in scoring.score(llama, windows, group, decode, read):
                     running.add(scored.logits, scored.tokens)
                     if base is not None:
                         scoring.write_rows(base, windows, scored)
                 report.scored(group.stop, f"[{group.stop}]{running.value:.4f},", nl=False)
         report.write("")
         report.write(f"Final estimate: PPL = {running.value:.4f} +/- {running.error:.5f}")
+        report.read(read)
         if save is not None:
             say(f"saved {save}: compare another model with minirt perplexity OTHER --kld {save}")
-        return _header(llama, windows, decode) | {
+        return _header(llama, windows, decode, read) | {
             "n_scored": running.count,
             "ppl": running.value,
             "ppl_error": running.error,
@@ -200,12 +207,16 @@ def _compare(
                 if given.shape != windows.shape or (given != windows).any():
                     raise ModelError(f"{kld}: was made from another text, or with another tokenizer")
 
+            read: list[float] = []
+
             def pairs(group: slice) -> Iterator[tuple[Scored, np.ndarray]]:
-                for scored in scoring.score(llama, windows, group, decode):
+                for scored in scoring.score(llama, windows, group, decode, read):
                     yield scored, base.read(scored.rows.tolist())
 
             size = scoring.together(llama, llama.n_ctx) if decode else 1
-            return _header(llama, windows, decode) | {"base": str(kld)} | _diverge(windows, size, pairs, report)
+            found = _diverge(windows, size, pairs, report)
+            report.read(read)
+            return _header(llama, windows, decode, read) | {"base": str(kld)} | found
 
 
 def _compare_with_dense(
@@ -214,14 +225,16 @@ def _compare_with_dense(
     from .. import perplexity as scoring
 
     with engine.load(model) as llama:
-        windows = scoring.cut_windows(_tokens(llama, text), llama.n_ctx, n_chunks)
+        windows, read = scoring.cut_windows(_tokens(llama, text), llama.n_ctx, n_chunks), list[float]()
 
         def pairs(group: slice) -> Iterator[tuple[Scored, np.ndarray]]:
-            scored = scoring.score(llama, windows, group, decode=True)
+            scored = scoring.score(llama, windows, group, True, read)
             return zip(scored, scoring.dense_log_probs(llama, windows[group]), strict=True)
 
         size = scoring.together(llama, llama.n_ctx, dense=True)
-        return _header(llama, windows, decode=True) | {"base": "dense"} | _diverge(windows, size, pairs, report)
+        found = _diverge(windows, size, pairs, report)
+        report.read(read)
+        return _header(llama, windows, True, read) | {"base": "dense"} | found
 
 
 def _diverge(
@@ -269,7 +282,7 @@ def _base_file(path: Path | None, shape: tuple[int, ...], n_vocab: int) -> Itera
         yield file
 
 
-def _header(llama: Llama, windows: np.ndarray, decode: bool) -> dict[str, Any]:
+def _header(llama: Llama, windows: np.ndarray, decode: bool, read: list[float]) -> dict[str, Any]:
     from ..stores import stores_text
 
     (n_chunk, n_ctx), plan = windows.shape, llama.session.cache.plan
@@ -281,6 +294,7 @@ def _header(llama: Llama, windows: np.ndarray, decode: bool) -> dict[str, Any]:
         "decode": decode,
         "n_ctx": n_ctx,
         "n_chunk": n_chunk,
+        "kv_bytes_read": statistics.fmean(read) if read else None,
     }
 
 

@@ -58,7 +58,8 @@ def _records(ctx: click.Context, options: list[click.Option]) -> list[tuple[str,
 
 def _metavar(field: Any) -> str:
     kinds = {int: "N", float: "X"}
-    return "|".join(field.metadata["of"]) or kinds.get(field.metadata["kind"], "N|1/N|NMiB")
+    number = [] if field.metadata["kind"] is str else [kinds.get(field.metadata["kind"], "N|1/N|NMiB")]
+    return "|".join([*number, *field.metadata["of"]])
 
 
 def _help(name: str) -> str:

@@ -59,7 +59,7 @@ def attempt(
         tokens.append(token)
     output = llama.tokenizer.decode(tokens, start=False)
     config, plan = llama.config, session.cache.plan
-    dense = parse_policy(BASELINE)
+    dense, policy = parse_policy(BASELINE), llama.decoder.policy
     dense_plan = dense.plan(config, llama.n_ctx, plan.k_store, plan.v_store)
     seen = range(len(prompt) + 1, len(prompt) + example.n_gen)
     return Outcome(
@@ -67,7 +67,7 @@ def attempt(
         output=output,
         n_prompt=len(prompt),
         n_steps=len(seen),
-        bytes_read=sum(llama.decoder.policy.bytes_read(config, plan, n) for n in seen),
+        bytes_read=round(sum(policy.bytes_touched(llama.decoder.ops, config, session.cache, 0, n) for n in seen)),
         dense_bytes=sum(dense.bytes_read(config, dense_plan, n) for n in seen),
         bytes_held=plan.nbytes(config),
         seconds=time.perf_counter() - begun,

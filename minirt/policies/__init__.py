@@ -69,7 +69,11 @@ class Policy(Protocol):
         """Tokens of a sequence whose keys and values a layer holds, on average."""
 
     def bytes_read(self, config: ModelConfig, plan: CachePlan, n: int) -> int:
-        """Bytes of cache that one decode step must read with n tokens seen, all layers, one sequence."""
+        """Bytes of cache that one decode step must read with n tokens seen, all layers, one sequence: the most, if
+        that is found out step by step."""
+
+    def bytes_touched(self, ops: Ops, config: ModelConfig, cache: Cache, seq: int, n: int) -> float:
+        """Bytes that it reads by what was found out so far: the mean of the steps that a sequence has made."""
 
     def small(self) -> Policy:
         """The same method with parameters that act on a text of a few tokens: to compile its kernels."""

@@ -27,7 +27,8 @@ def parameter(
     most: int | None = None,
     of: tuple[str, ...] = (),
 ) -> Any:
-    """A field of a policy that is a flag of the command line: its help, its type, what it may be."""
+    """A field of a policy that is a flag of the command line: its help, its type, what it may be. of: the texts that it
+    may be, or words that may stand in place of a number."""
     metadata = {"help": text, "kind": kind, "least": least, "most": most, "of": of}
     return dataclasses.field(default=default, metadata=metadata)
 
@@ -53,13 +54,15 @@ class BasePolicy:
             value, least, most, of = getattr(self, name), *(f.metadata[key] for key in ("least", "most", "of"))
             if value is None:
                 continue
-            value = _convert(name, value, f.metadata["kind"])
+            value = _convert(name, value, f.metadata["kind"], of)
+            object.__setattr__(self, name, value)
+            if value in of:
+                continue
             if (least is not None and not value >= least) or (most is not None and not value <= most):  # true for NaN
                 allowed = f"{least} or more" if most is None else f"{least} to {most}"
                 raise UsageError(f"{flag(name)} {value} is out of range ({allowed})")
-            if of and value not in of:
+            if f.metadata["kind"] is str and of:
                 raise UsageError(f"{flag(name)} {value} is not one of: {', '.join(of)}")
-            object.__setattr__(self, name, value)
 
     def __str__(self) -> str:
         """As `parse_policy` reads it: the parameters that are not at their default."""
@@ -101,6 +104,14 @@ class BasePolicy:
         """Tokens whose keys and values the layers hold, on average."""
         return int(cache.n_seen[seq])
 
+    def bytes_read(self, config: ModelConfig, plan: CachePlan, n: int) -> int:
+        """See Policy."""
+        raise NotImplementedError
+
+    def bytes_touched(self, ops: Ops, config: ModelConfig, cache: Cache, seq: int, n: int) -> float:
+        """Nothing is found out while a text is read, by default."""
+        return self.bytes_read(config, cache.plan, n)
+
 
 @dataclass(frozen=True)
 class BoundedPolicy(BasePolicy):
@@ -141,8 +152,10 @@ class BoundedPolicy(BasePolicy):
         return dataclasses.replace(self, budget=8)
 
 
-def _convert(name: str, value: Any, kind: type) -> Any:
-    """A value, or the text of one, as its type."""
+def _convert(name: str, value: Any, kind: type, words: tuple[str, ...] = ()) -> Any:
+    """A value, or the text of one, as its type. words: that may stand in its place."""
+    if kind is not str and value in words:
+        return value
     if kind is Budget:
         return value if isinstance(value, Budget) else Budget.parse(value)
     if kind is str:
@@ -153,4 +166,5 @@ def _convert(name: str, value: Any, kind: type) -> Any:
             raise ValueError
         return kind(text)
     except ValueError:
-        raise UsageError(f"{flag(name)} {value} is not {'a whole number' if kind is int else 'a number'}") from None
+        wanted = " or ".join(["a whole number" if kind is int else "a number", *words])
+        raise UsageError(f"{flag(name)} {value} is not {wanted}") from None

@@ -138,6 +138,12 @@ class D2O(Evicting):
         keys = config.n_head_kv * plan.k_store.row_bytes(config.head_dim)
         return super().bytes_read(config, plan, n) + keys * sum(slots for slots in plan.slots if n >= slots)
 
+    def bytes_touched(self, ops: Ops, config: ModelConfig, cache: Cache, seq: int, n: int) -> float:
+        plan, found = cache.plan, cache.limits[seq].tolist()
+        if any(found):
+            plan = dataclasses.replace(plan, slots=tuple(limit + 1 for limit in found))
+        return self.bytes_read(config, plan, n)
+
     # -- merging ---------------------------------------------------------------------------------------------------
     def cut(self, ops: Ops, own: Cache, layer: int, room: Room, rows: Array, head: int) -> None:
         used = KV(*(a[:, :, : room.n] for a in room.kv))

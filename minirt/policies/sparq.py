@@ -7,6 +7,13 @@ A decode step (algorithm 1), for a KV head and its query heads:
  3. y = alpha y + (1 - alpha) v_bar: alpha is what these k tokens weigh in s, v_bar the mean of all values (equation 8).
 The prompt is attended densely, and so are texts of up to k tokens: nothing could be saved.
 
+With k = auto a head reads as many as it has use for: of the `most` tokens of largest s the newest, and those with
+s >= eps, on average over the heads that share keys. One bound for all heads and layers covers the most weight that so
+many rows can, for what is left out weighs less wherever it is. To cover a share 1 - eps of the weight in each head does
+worse at equal bytes: most rows go to heads that are so flat that any of them stand for the rest
+(tools/results/adaptive_k.json). Texts of up to `most` tokens are attended densely: so much may be read anyway, and in
+short texts a model misses what is left out most. What was read is counted, for `bytes_touched`.
+
 K lies twice in memory: as rows for step 2, and component by component (the `index`) for step 1; that is 1.5 times the
 dense cache. Beside rows that are quantised the index is float16. It is made of the keys as they were given, and so is
 v_bar, a running mean in float32, of the values.
@@ -21,7 +28,8 @@ Where the paper leaves a choice:
     published code the logits (sum-logit). The first maximises the estimated weight of what is read.
   - Step 3 is on for models with as many KV heads as query heads and off for grouped ones, as in the paper's results;
     --reallocate says otherwise.
-  - local is k / 4 inside the k, as in the paper's experiments; its algorithm has none (--local 0).
+  - local is k / 4 inside the k, as in the paper's experiments; its algorithm has none (--local 0). With auto it is 16:
+    more did worse than the same bytes spent by weight.
 """
 
 from __future__ import annotations
@@ -39,7 +47,9 @@ from ..ops import CODED_BLOCK, CODED_UNIT, INDEX_BLOCK, INDEX_UNIT, Array, Coded
 from ..stores import Store
 from .base import BasePolicy, parameter
 
-_FLOAT16, _FLOAT32, _UINT32 = np.dtype(np.float16), np.dtype(np.float32), np.dtype(np.uint32)
+_FLOAT16, _FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
+_INT32, _UINT32 = np.dtype(np.int32), np.dtype(np.uint32)
+EPS, MOST, NEWEST = 0.0005, 512, 16  # of auto
 
 
 @dataclass(frozen=True)
@@ -47,8 +57,14 @@ class SparQ(BasePolicy):
     name: ClassVar[str] = "sparq"
     needs_rows: ClassVar[str] = "reads components of keys"
     r: int = parameter(32, "Components of a query that choose what is read.", least=1)
-    k: int = parameter(128, "Tokens that are read.", least=1)
-    local: int | None = parameter(None, "... of which the newest are always read.  [default: k / 4]", least=0)
+    k: int | str = parameter(128, "Tokens that are read, or auto: by their weight.", least=1, of=("auto",))
+    eps: float | None = parameter(
+        None, f"With --k auto: what a token must weigh to be read.  [default: {EPS}]", float, least=0, most=1
+    )
+    most: int | None = parameter(None, f"... and no more than so many.  [default: {MOST}]", least=1)
+    local: int | None = parameter(
+        None, f"... of which the newest are always read.  [default: k / 4; auto: {NEWEST}]", least=0
+    )
     reallocate: str = parameter(
         "auto", "Give what was not read the mean value; auto: unless query heads share keys.", str,
         of=("auto", "on", "off"),
@@ -59,8 +75,24 @@ class SparQ(BasePolicy):
     k_index: str = parameter("f16", "How the second copy of the keys is kept.", str, of=("f16", "q4"))
 
     @property
+    def adaptive(self) -> bool:
+        return self.k == "auto"
+
+    @property
+    def rows(self) -> int:
+        """Tokens that are read at most."""
+        return int(self.k) if not self.adaptive else MOST if self.most is None else self.most
+
+    @property
     def newest(self) -> int:
-        return self.k // 4 if self.local is None else self.local
+        if self.local is not None:
+            return self.local
+        return min(NEWEST, self.rows) if self.adaptive else self.rows // 4
+
+    @property
+    def least(self) -> float:
+        """What a token must weigh to be read."""
+        return EPS if self.eps is None else self.eps
 
     def reallocates(self, config: ModelConfig) -> bool:
         return self.reallocate == "on" or (self.reallocate == "auto" and config.n_head == config.n_head_kv)
@@ -69,12 +101,20 @@ class SparQ(BasePolicy):
         super().check(config, n_ctx, k_store, v_store)
         if self.r > config.head_dim:
             raise UsageError(f"--r {self.r} is out of range (1 to {config.head_dim}, the size of a head)")
-        check_k(self.k, n_ctx)
-        if self.newest > self.k:
-            raise UsageError(f"--local {self.local} is out of range (0 to {self.k}, the tokens that are read)")
+        if not self.adaptive:
+            check_k(self.rows, n_ctx)
+            for name in ("eps", "most"):
+                if getattr(self, name) is not None:
+                    raise UsageError(f"--{name} goes with --k auto, not with --k {self.k}")
+        elif self.most is not None and self.most > n_ctx:
+            raise UsageError(f"--most {self.most} is out of range (1 to {n_ctx}, the context)")
+        fewest = int(self.adaptive)  # a head whose tokens all weigh too little reads these
+        if not fewest <= self.newest <= self.rows:
+            range_ = f"{fewest} to {self.rows}, the tokens that are read"
+            raise UsageError(f"--local {self.local} is out of range ({range_})")
 
     def small(self) -> SparQ:
-        return dataclasses.replace(self, k=4, local=1)
+        return dataclasses.replace(self, most=4, local=1) if self.adaptive else dataclasses.replace(self, k=4, local=1)
 
     def plan(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> CachePlan:
         heads, d, coded = config.n_head_kv, config.head_dim, self.k_index == "q4"
@@ -91,6 +131,8 @@ class SparQ(BasePolicy):
             side = {"index": SideArray((*shape, tokens), dtype, tokens)}
         if self.reallocates(config):
             side["mean"] = SideArray((heads, d), _FLOAT32)
+        if self.adaptive:
+            side["counts"] = SideArray((heads, 3), _INT32)
         layers = config.n_layer
         arrays = {name: (array,) * layers for name, array in side.items()}
         return CachePlan((n_ctx,) * layers, k_store, v_store, n_ctx, d, side=arrays)
@@ -102,32 +144,44 @@ class SparQ(BasePolicy):
         return ops.attend_chunk(q, cache.layers[layer], seq, start)
 
     def attend(self, ops: Ops, cache: Cache, layer: int, q: Array, k: Array, v: Array) -> Array:
-        every, first, stop, few = cache.once(lambda own: every_token(own, self.k))
+        every, first, stop, few = cache.once(lambda own: every_token(own, self.rows))
         kv = cache.layers[layer]
         self._append(ops, cache, layer, every, cache.n_seen, k, v)
         if few:
             return ops.attend(q, kv, first, stop)
         index, sum_logits = _index(cache, layer), self.gqa == "sum-logit"
-        rows, weights = ops.approximate_top_k(q, index, stop, self.r, self.k, self.newest, sum_logits)
-        return ops.attend_rows(q, kv, rows, stop, weights, _mean(cache, layer))
+        counts = cache.side["counts"][layer] if self.adaptive else None
+        how = self.r, self.rows, self.newest, sum_logits, self.least, counts
+        rows, weights = ops.approximate_top_k(q, index, stop, *how)
+        return ops.attend_rows(q, kv, rows, stop, weights, _mean(cache, layer), counts)
 
     def _append(self, ops: Ops, cache: Cache, layer: int, seq: Any, slot: Any, k: Array, v: Array) -> None:
         ops.append(cache.layers[layer], seq, slot, k, v)
         ops.append_index(_index(cache, layer), _mean(cache, layer), seq, slot, k, v)
 
     def rewind(self, ops: Ops, cache: Cache, seq: int, n: int) -> int:
-        if (n != cache.n_seen[seq] or cache.torn[seq]) and "mean" in cache.side:
-            for kv, mean in zip(cache.layers, cache.side["mean"], strict=True):
+        if n != cache.n_seen[seq] or cache.torn[seq]:
+            for kv, mean in zip(cache.layers, cache.side.get("mean", ()), strict=False):  # of all layers, or of none
                 ops.mean_rows(kv.v, seq, n, mean)
+            for counts in cache.side.get("counts", ()):
+                counts[seq] = 0
         return super().rewind(ops, cache, seq, n)
 
     def bytes_read(self, config: ModelConfig, plan: CachePlan, n: int) -> int:
         """S r of the index, 2 k d of rows, d of v_bar (section 4.2, appendix F; what a step writes is not counted)."""
-        d, rows = config.head_dim, plan.rows_bytes(config, (min(n, self.k),) * config.n_layer)
-        if n <= self.k:
-            return rows
-        mean = 4 * d if "mean" in plan.side else 0
-        return rows + config.n_layer * config.n_head_kv * (self._index_bytes(plan, n) + mean)
+        rows = plan.rows_bytes(config, (min(n, self.rows),) * config.n_layer)
+        return rows if n <= self.rows else rows + self._beside_rows(config, plan, n)
+
+    def bytes_touched(self, ops: Ops, config: ModelConfig, cache: Cache, seq: int, n: int) -> float:
+        found = [ops.to_host(counts)[seq, :, 1:].sum(axis=0) for counts in cache.side.get("counts", ())]
+        if n <= self.rows or not found or not found[0][1]:
+            return super().bytes_touched(ops, config, cache, seq, n)
+        rows = sum(cache.plan.slot_bytes(config, layer) * read / calls for layer, (read, calls) in enumerate(found))
+        return float(rows) + self._beside_rows(config, cache.plan, n)
+
+    def _beside_rows(self, config: ModelConfig, plan: CachePlan, n: int) -> int:
+        mean = 4 * config.head_dim if "mean" in plan.side else 0
+        return config.n_layer * config.n_head_kv * (self._index_bytes(plan, n) + mean)
 
     def _index_bytes(self, plan: CachePlan, n: int) -> int:
         """Of a KV head, in step 1: r components; where they have no codes, rows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..checks import check_choice, check_components, check_index, check_ranges, index_slots
+from ..checks import check_choice, check_components, check_counts, check_index, check_ranges, index_slots
 from ..ops import KV, CodedIndex
 from .attention import decoded, scaled_logits, softmax, store_of, weighted_values
 from .eviction import largest
@@ -44,10 +44,14 @@ class SparseOps:
         k: int,
         local: int,
         sum_logits: bool,
+        least: float = 0.0,
+        counts: np.ndarray | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         check_components(q, index, r)
         check_choice(len(q), index_slots(index), stop, k, 0, local)
         n_head_kv, d = index[0].shape[1] if isinstance(index, CodedIndex) else index.shape[1], q.shape[2]
+        if counts is not None:
+            check_counts(counts, len(q), n_head_kv, local)
         rows, weights = _empty(q, n_head_kv, k)
         for b, n in enumerate(stop):
             keys = (decode_index if isinstance(index, CodedIndex) else _keys)(index, b, int(n))  # type: ignore[arg-type]
@@ -58,6 +62,9 @@ class SparseOps:
                 tau = np.sqrt(d * share)[:, None]
                 logits = np.divide(few, tau, out=np.zeros_like(few), where=tau > 0) @ keys[h][:, chosen].T
                 _choose(logits, local, sum_logits, rows[b, h], weights[b, heads])
+                if counts is not None and n:
+                    kept = keep_heavy(rows[b, h], weights[b, heads], int(n), local, least)
+                    counts[b, h] = kept, counts[b, h, 1] + kept, counts[b, h, 2] + 1
         return rows, weights
 
     def exact_top_k(self, q: np.ndarray, kv: KV, stop: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -78,9 +85,13 @@ class SparseOps:
         stop: np.ndarray,
         weights: np.ndarray | None,
         mean: np.ndarray | None,
+        counts: np.ndarray | None = None,
     ) -> np.ndarray:
         out = np.zeros_like(q)
+        if counts is not None:
+            check_counts(counts, *rows.shape[:2])
         for b, h, heads, chosen in _groups(q, kv, rows, stop):
+            chosen = chosen if counts is None else chosen[: counts[b, h, 0]]
             p = softmax(scaled_logits(q[b, heads], kv.k[b, h : h + 1][:, chosen]))
             y = weighted_values(p, decoded(kv.v[b, h : h + 1][:, chosen]))
             if weights is not None and mean is not None:
@@ -126,6 +137,16 @@ def _choose(logits: np.ndarray, local: int, sum_logits: bool, rows: np.ndarray, 
     rows[:] = largest(ranks, len(rows), tail=local)
     n = min(len(rows), len(ranks))
     weights[:, :n] = p[:, rows[:n]]
+
+
+def keep_heavy(rows: np.ndarray, weights: np.ndarray, stop: int, local: int, least: float) -> int:
+    """Of rows [k] of a text of `stop` tokens, the newest and those that weigh enough become the first; how many."""
+    n = min(stop, len(rows))
+    total = weights[:, :n].sum(axis=0)
+    kept = (total >= np.float32(least) * np.float32(len(weights))) | (rows[:n] >= stop - local)
+    m = int(kept.sum())
+    rows[:m], weights[:, :m] = rows[:n][kept], weights[:, :n][:, kept]
+    return m
 
 
 def _groups(q, kv, rows, stop):  # type: ignore[no-untyped-def]
