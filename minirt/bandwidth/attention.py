@@ -19,7 +19,7 @@ from ..config import ModelConfig
 from ..decoder import Decoder
 from ..errors import ModelError, UsageError
 from ..ops import Array, Ops
-from ..policies import Policy, SparQ, TopK, parse_policy
+from ..policies import Policy, in_proportion, parse_policy
 from ..reference import ReferenceOps
 from ..stores import Store, get_stores
 from .caches import caches_bytes, caches_of, check_room, fill_all
@@ -191,17 +191,10 @@ def error_of(ops: Ops, cell: Cell, policy: Policy) -> float:
     depth = min(cell.depth, most)
     config, stores, found = cell.config, cell.stores, []
     for device in (ops, ReferenceOps()):
-        small = _shortened(policy, cell.depth, depth)
+        small = in_proportion(policy, depth, cell.depth)
         decoder = Decoder(config, factors_of(device, config), device, small)
         cache = decoder.new_cache(small.plan(config, depth, *stores), cell.n_seq)
         fill(device, cache, small, config, depth - 1)
         inputs = _inputs(device, replace(cell, depth=depth), cache.plan, config)
         found.append(np.array(device.to_host(small.attend(device, cache, 0, *inputs))))
     return float(np.linalg.norm(found[0] - found[1]) / np.linalg.norm(found[1]))
-
-
-def _shortened(policy: Policy, depth: int, own: int) -> Policy:
-    """The policy for a part of the depth: what it reads, if that is a number of tokens, is the same share."""
-    if own == depth or not isinstance(policy, (SparQ, TopK)):
-        return policy
-    return replace(policy, k=max(1, policy.k * own // depth))
