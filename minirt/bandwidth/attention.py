@@ -27,8 +27,8 @@ from .counted import CountedOps
 from .paired import in_turn
 from .synthetic import RandomRows, Shape, config_of, factors_of, fill, random_queries, with_latents
 
-TOUCHED = 2 << 30  # bytes that the policy which reads least shall read before it comes to a layer again
-MOST_LAYERS = 64
+TOUCHED = 1 << 30  # bytes that the policy which reads least shall read before it comes to a layer again, unless ...
+MOST_LAYERS, MOST_BYTES = 64, 6 << 30  # ... so many would not be enough
 CHECKED = 1 << 19  # rows of keys, all heads and sequences, that the reference is asked for
 TOLERANCE = 0.05  # of a result's norm: an approximate choice may turn on the last bit, a wrong kernel is off by 1
 BASELINE = "dense"
@@ -179,7 +179,7 @@ def _layers_of(cell: Cell, policies: Mapping[str, Policy], stores: tuple[Store, 
     need = caches_bytes(one, policies, plans, cell.n_seq)
     check_room(cell, need, room)
     least = cell.n_seq * min(policy.bytes_read(one, plans[text], cell.depth) for text, policy in policies.items())
-    return max(1, min(MOST_LAYERS, -(-TOUCHED // max(least, 1)), room // need))
+    return max(1, min(MOST_LAYERS, -(-TOUCHED // max(least, 1)), min(room, MOST_BYTES) // need))
 
 
 def error_of(ops: Ops, cell: Cell, policy: Policy) -> float:
