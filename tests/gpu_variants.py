@@ -6,15 +6,17 @@ notes what it would launch.
 
 from __future__ import annotations
 
+import datetime
 import json
+import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nvrtc import nvrtc_for
+from nvrtc import Resources, nvrtc_for
 from test_dequantize import random_tensor
 
 from kernels_gpu.device import source_of
@@ -30,7 +32,8 @@ from minirt.weights import LayerWeights, Weights
 ARCHS = (61, 75, 80, 87, 90)  # 61: with the wheels of CUDA 12 only
 SHAPES = {"7b": (32, 32, 128), "8b": (32, 8, 128), "smollm2": (9, 3, 64)}  # H_q, H_kv, d
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32", "IQ4_XS", "Q2_K", "Q3_K")
-POLICIES = ("dense", "sparq:k=64", "sparq:k=64:k_index=q4", "topk:k=64")
+POLICIES = ("dense", "sparq:k=64", "sparq:k=64:k_index=q4", "topk:k=64", "lm-infinite:budget=256")
+ALL_STORES = ("dense", "lm-infinite:budget=256")  # on these shapes; the other policies on the smallest one
 LATENTS = {"7b": "latent-f16", "8b": "latent-q4"}
 EVICTING = {"7b": "f32", "8b": "f16", "smollm2": "q8_0"}  # keys and values of shapes that H2O and D2O run on
 Variant = tuple[str, tuple[tuple[str, Any], ...]]  # a file and its constants
@@ -141,7 +144,7 @@ def variants_of(arch: int) -> dict[Variant, set[str]]:
         c = config(*shape)
         w = weights(ops, c, "Q8_0")
         for spec in POLICIES:
-            for kv in ("f16", "q8_0", "q4_0", "f32") if name == "smollm2" or spec == "dense" else ("f16",):
+            for kv in ("f16", "q8_0", "q4_0", "f32") if name == "smollm2" or spec in ALL_STORES else ("f16",):
                 run(ops, c, w, spec, kv)
         if name in LATENTS:
             run(ops, *low_rank(ops, c, w), "dense", LATENTS[name])
@@ -154,12 +157,15 @@ def variants_of(arch: int) -> dict[Variant, set[str]]:
     return device.variants
 
 
-def resources(arch: int) -> dict[str, Any] | None:
-    """What each kernel needs of a multiprocessor, by file, constants and name; None without an NVRTC for this one."""
+def resources(arch: int, files: Collection[str] = ()) -> dict[str, Resources] | None:
+    """What each kernel needs of a multiprocessor, by file, name and constants: of some files, or of all. None without
+    an NVRTC for this capability."""
     if not (nvrtc := nvrtc_for(arch)):
         return None
     found = {}
     for (file, constants), names in variants_of(arch).items():
+        if files and file not in files:
+            continue
         options = ["-std=c++17", *(f"-D{name}={value}" for name, value in constants)]
         used = nvrtc.compile(source_of(file), arch, options=options).resources
         shown = " ".join(f"{name}={value}" for name, value in constants)
@@ -167,12 +173,33 @@ def resources(arch: int) -> dict[str, Any] | None:
     return found
 
 
-def main() -> None:
-    """Writes them all as JSON: python tests/gpu_variants.py tools/results/gpu_resources.json"""
-    found = {f"sm_{arch}": resources(arch) for arch in ARCHS}
-    rows = {arch: {name: asdict(r) for name, r in sorted(of.items())} for arch, of in found.items() if of}
-    Path(sys.argv[1]).write_text(json.dumps(rows, indent=1) + "\n")
+def report() -> str:
+    """JSON, a line for each kernel: [registers of a thread, bytes of a block's static shared memory, bytes spilled] on
+    each capability; null where it is not used."""
+    found = {arch: r for arch in ARCHS if (r := resources(arch)) is not None}
+    facts = {
+        "date": datetime.date.today().isoformat(), "commit": commit(), "capabilities": list(found),
+        "nvrtc": [nvrtc_for(arch).version for arch in found],
+        "numbers": ["registers", "shared bytes", "spilled bytes"],
+    }  # fmt: skip
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in facts.items()]
+    rows = [
+        f"  {json.dumps(name)}: {json.dumps([numbers(of.get(name)) for of in found.values()], separators=(',', ':'))}"
+        for name in sorted({name for of in found.values() for name in of})
+    ]
+    return "\n".join(["{", *lines, ' "kernels": {', ",\n".join(rows), " }", "}", ""])
+
+
+def numbers(used: Resources | None) -> list[int] | None:
+    return None if used is None else [used.registers, used.shared, used.spill]
+
+
+def commit() -> str:
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return described.stdout.strip()
 
 
 if __name__ == "__main__":
-    main()
+    Path(sys.argv[1]).write_text(report())  # python tests/gpu_variants.py tools/results/gpu_resources.json
