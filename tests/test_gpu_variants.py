@@ -10,7 +10,6 @@ from gpu_variants import ARCHS, resources, variants_of
 
 import kernels_gpu
 
-
 # On 8.0 and 8.7 the sources are what they are on 9.0, and only the compiler's choice of registers differs: files whose
 # launch bounds leave little room stand for all.
 FILES: dict[int, tuple[str, ...]] = dict.fromkeys((80, 87), ("attention.cu", "latent_attention.cu"))
