@@ -27,22 +27,8 @@ PARAMETERS = sorted({name for policy in POLICIES.values() for name in parameters
 ALL = {
     "dense": (),
     "sparq": (
-        "--r",
-        4,
-        "--k",
-        "auto",
-        "--eps",
-        0.01,
-        "--most",
-        8,
-        "--local",
-        2,
-        "--reallocate",
-        "on",
-        "--gqa",
-        "sum-logit",
-        "--k-index",
-        "q4",
+        "--r", 4, "--k", "auto", "--eps", 0.01, "--most", 8, "--local", 2, "--dense-until", 9, "--reallocate", "on",
+        "--gqa", "sum-logit", "--k-index", "q4",
     ),
     "topk": ("--k", 8),
     "window": ("--budget", 8),
@@ -52,7 +38,7 @@ ALL = {
     "tova": ("--budget", "8KiB", "--per", "head", "--compress", "stepwise"),
     "d2o": ("--budget", 10, "--sinks", 2, "--recent", 3, "--beta", 0.5, "--e", 1),
     "d2o-code": ("--budget", 10, "--sinks", 2),
-}
+}  # fmt: skip
 
 
 # -- the flags ---------------------------------------------------------------------------------------------------------
@@ -157,7 +143,7 @@ WRONG = [
     ("topk --k auto", "--k auto is not a whole number"),
     ("sparq --r 4 --k 8 --gqa max", "--gqa max is not one of: sum-prob, sum-logit"),
     ("sparq --r 4 --k 8 --k-index q8", "--k-index q8 is not one of: f16, q4"),
-    ("sparq --r 4 --k 8 --budget 9", "it has: --r, --k, --local, --reallocate, --gqa"),
+    ("sparq --r 4 --k 8 --budget 9", "it has: --r, --k, --eps, --most, --local, --dense-until, --reallocate, --gqa"),
     ("dense --r 4", "--r is not a parameter of --policy dense (it has: none)"),
     ("window --sinks 4", "--sinks is not a parameter of --policy window (it has: --budget)"),
     ("tova --budget 0", "--budget 0 is out of range (8 to 64 tokens, the context)"),
