@@ -157,7 +157,7 @@ WRONG = [
     ("topk --k auto", "--k auto is not a whole number"),
     ("sparq --r 4 --k 8 --gqa max", "--gqa max is not one of: sum-prob, sum-logit"),
     ("sparq --r 4 --k 8 --k-index q8", "--k-index q8 is not one of: f16, q4"),
-    ("sparq --r 4 --k 8 --budget 9", "it has: --r, --k, --local, --reallocate, --gqa"),
+    ("sparq --r 4 --k 8 --budget 9", "it has: --r, --k, --eps, --most, --local, --reallocate, --gqa"),
     ("dense --r 4", "--r is not a parameter of --policy dense (it has: none)"),
     ("window --sinks 4", "--sinks is not a parameter of --policy window (it has: --budget)"),
     ("tova --budget 0", "--budget 0 is out of range (8 to 64 tokens, the context)"),
