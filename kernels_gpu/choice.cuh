@@ -38,7 +38,7 @@ struct Choice {
     u32* ranks;      // [positions], scratch
     int* rows;       // [k]: what is chosen
     float* weights;  // [GROUP, k]: its probabilities
-    int* counts;     // [3]: how many stay, the sum of that over all calls, and how many calls; null: all stay
+    int* counts;     // [3]: how many stay; the sum of that over the calls that chose, and their number. Null: all stay
     int positions, k, local;
     float least;     // weight, on average over the heads, of those that stay beside the last `local`
 
@@ -240,16 +240,16 @@ DEVICE void mark_best(const Choice& c, int n, int m, u32* marks, Chooser& s) {
         if (token_at(i) < n && key(i) >= least) mark(marks, token_at(i));
 }
 
-// Of `chosen` rows of a text of n tokens those that stay become the first, in order, and are counted. A thread knows all
+// Of the k rows of a text of n > k tokens those that stay become the first, in order, and are counted. A thread knows all
 // of a row before others come to stand in its place.
-DEVICE void keep_heavy(const Choice& c, int n, int chosen, Chooser& s) {
+DEVICE void keep_heavy(const Choice& c, int n, Chooser& s) {
     int kept = 0;
-    for (int first = 0; first < chosen; first += THREADS) {
-        const int i = first + threadIdx.x, row = i < chosen ? c.rows[i] : -1;
+    for (int first = 0; first < c.k; first += THREADS) {
+        const int i = first + threadIdx.x, row = i < c.k ? c.rows[i] : -1;
         float weight[GROUP], total = 0.0f;
 #pragma unroll
-        for (int g = 0; g < GROUP; g++) total += weight[g] = i < chosen ? c.weights[i64(g) * c.k + i] : 0.0f;
-        const bool stays = i < chosen && (total >= c.least * GROUP || row >= n - c.local);
+        for (int g = 0; g < GROUP; g++) total += weight[g] = i < c.k ? c.weights[i64(g) * c.k + i] : 0.0f;
+        const bool stays = i < c.k && (total >= c.least * GROUP || row >= n - c.local);
         const int at = kept + sum_before(stays, s.tally.warps);
         if (stays) {
             c.rows[at] = row;
@@ -282,5 +282,7 @@ DEVICE void choose(const Choice& c, int n, int blocks, int* done, Chooser& s) {
         for (int g = 0; g < GROUP; g++)
             c.weights[i64(g) * c.k + i] = probability(s, g, c.logits[i64(g) * c.positions + position]);
     }
-    if (c.counts) keep_heavy(c, n, chosen, s);
+    if (!c.counts) return;
+    if (!all) keep_heavy(c, n, s);
+    else if (threadIdx.x == 0) c.counts[0] = n;
 }

@@ -155,8 +155,8 @@ def test_heavy_rows(ops: Any) -> None:
         for h in range(2):
             heads = slice(3 * h, 3 * h + 3)
             m = keep_heavy(every[0][b, h], every[1][b, heads], n, 5, 0.003)
-            assert counts[b, h].tolist() == [m, m, 1]
-            assert 5 < m < min(n, 150)
+            assert counts[b, h].tolist() == ([m, m, 1] if n > 150 else [n, 0, 0])
+            assert 5 < m < 150
             assert np.array_equal(rows[b, h, :m], every[0][b, h, :m])
             assert np.array_equal(weights[b, heads, :m], every[1][b, heads, :m])
 
