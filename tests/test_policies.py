@@ -28,7 +28,7 @@ POLICY_TABLE = {
     "dense": "dense",
     "sparq:r=4:k=12": "sparq:r=4:k={n}",
     "sparq:r=4:k=12:reallocate=on:local=1:gqa=sum-logit": "sparq:r=4:k={n}:reallocate=on",
-    "sparq:r=4:k=auto:eps=0.03:most=12": "sparq:r=4:k=auto:most={n}",
+    "sparq:r=4:k=auto:eps=0.03:most=12:local=2": "sparq:r=4:k=auto:most={n}",
     "sparq:r=4:k=auto:eps=0.03:most=12:local=2:reallocate=on:gqa=sum-logit": "sparq:r=4:k=auto:eps=0:most={n}",
     "topk:k=12": "topk:k={n}",
     "window:budget=16": "window:budget={n}",
