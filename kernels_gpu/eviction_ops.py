@@ -276,5 +276,5 @@ def _rows(rows: Array) -> tuple[Any, ...]:
 
 
 def _check_type(array: Array, dtype: Any) -> None:
-    if array.dtype != dtype or array.strides[-1] != array.itemsize:
+    if array.dtype != dtype or (array.size and array.strides[-1] != array.itemsize):
         raise ValueError(f"an array {array.shape} of {array.dtype} does not hold {np.dtype(dtype)} in order")

@@ -3,8 +3,8 @@
 // the next product, values times weights, wants those of its 16 rows. Rows go from memory to registers: which of their
 // numbers stands where in a tile does not matter, as long as both sides agree, so that lanes read 8 neighbours each.
 //
-// Queries and weights are split into a half and what it leaves over, so that nothing is lost. Codes are exact as halves:
-// a key's scale multiplies sums of its block's products; a value's its codes, which rounds them to halves.
+// Queries and weights are split into a half and what it leaves over, so that nothing is lost. Codes are exact as
+// halves: a key's scale multiplies sums of its block's products; a value's its codes, which rounds them to halves.
 #pragma once
 #include "cached.cuh"
 #include "mma.cuh"

@@ -30,7 +30,8 @@ from minirt.weights import LayerWeights, Weights
 ARCHS = (61, 75, 80, 87, 90)  # 61: with the wheels of CUDA 12 only
 SHAPES = {"7b": (32, 32, 128), "8b": (32, 8, 128), "smollm2": (9, 3, 64)}  # H_q, H_kv, d
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32", "IQ4_XS", "Q2_K", "Q3_K")
-POLICIES = ("dense", "sparq:k=64", "sparq:k=64:k_index=q4", "topk:k=64")
+POLICIES = ("dense", "sparq:k=64", "sparq:k=64:k_index=q4", "topk:k=64", "lm-infinite:budget=256")
+ALL_STORES = ("dense", "lm-infinite:budget=256")  # on these shapes; the other policies on the smallest one
 LATENTS = {"7b": "latent-f16", "8b": "latent-q4"}
 EVICTING = {"7b": "f32", "8b": "f16", "smollm2": "q8_0"}  # keys and values of shapes that H2O and D2O run on
 Variant = tuple[str, tuple[tuple[str, Any], ...]]  # a file and its constants
@@ -141,7 +142,7 @@ def variants_of(arch: int) -> dict[Variant, set[str]]:
         c = config(*shape)
         w = weights(ops, c, "Q8_0")
         for spec in POLICIES:
-            for kv in ("f16", "q8_0", "q4_0", "f32") if name == "smollm2" or spec == "dense" else ("f16",):
+            for kv in ("f16", "q8_0", "q4_0", "f32") if name == "smollm2" or spec in ALL_STORES else ("f16",):
                 run(ops, c, w, spec, kv)
         if name in LATENTS:
             run(ops, *low_rank(ops, c, w), "dense", LATENTS[name])
