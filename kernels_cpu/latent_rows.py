@@ -15,7 +15,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from minirt.stores.latent import MAX_POSITION, SCALE_BYTES, UNIT
+from minirt.stores.latent import BEYOND_HALF, MAX_POSITION, SCALE_BYTES, UNIT
 
 from .compiled import kernel
 from .ir_vectors import (
@@ -253,6 +253,8 @@ def _encode_latent(x, n, bits, blocks, room, row):  # type: ignore[no-untyped-de
         most = np.float32((1 << bits) - 1)
         low, high = _range_of(x, n)
         scale, minimum = _put_halves(row, (high - low) / most, low)
+        if scale * most + minimum >= BEYOND_HALF:
+            _put_halves(row, np.float32(np.nan), np.float32(np.nan))
         inverse = np.float32(0.0) if scale == 0 else np.float32(1.0) / scale
         row += SCALE_BYTES
     room[n:] = minimum  # which gives code 0

@@ -168,11 +168,11 @@ DEVICE float2 bounds_of(const Choice& c, int n, int run, const Chooser& s) {
     return make_float2(least, most);
 }
 
-// Bounds take the place of what was noted of head 0. Returns a rank that m of the first n tokens reach.
+// Bounds take the place of what was noted of head 0: there after the next barrier, before which none is read. Returns a
+// rank that m of the first n tokens reach.
 DEVICE u32 find_bound(const Choice& c, int n, int m, Chooser& s) {
     const int runs = runs_of(n);
     for_each<AHEAD>(runs, [&](int i) { return bounds_of(c, n, i, s); }, [&](int i, float2 x) { c.runs[i] = x; });
-    __syncthreads();
     if (runs < m) return 0;
     const auto key = [&](int i) { return u64(order_of(c.runs[i].x)) << 32; };
     return u32(least_of_largest(runs, m, 2, s.tally, key) >> 32);
@@ -232,7 +232,6 @@ DEVICE void mark_best(const Choice& c, int n, int m, u32* marks, Chooser& s) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < positions; i += THREADS) c.ranks[i] = token_at(i) < n ? rank_at(c, s, i) : 0;
     const auto key = [&](int i) { return token_at(i) < n ? key_of(c.ranks[i], token_at(i)) : 0; };
-    __syncthreads();
     const u64 least = least_of_largest(positions, m, ALL_DIGITS, s.tally, key);
     for (int i = threadIdx.x; i < positions; i += THREADS)
         if (token_at(i) < n && key(i) >= least) mark(marks, token_at(i));

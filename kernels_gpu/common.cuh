@@ -74,7 +74,8 @@ DEVICE int sum_over(int x) {
     return x;
 }
 
-// The sum over a block of whole warps, at most 32; every thread gets it, and all threads must call. shared [32].
+// The sum over a block of whole warps, at most 32; every thread gets it, and all threads must call. shared [32] may be
+// that of a call just before.
 DEVICE float block_sum(float x, float* shared) {
     x = sum_over(x);
     __syncthreads();

@@ -25,7 +25,8 @@ class CudaDevice:
             card = cupy.cuda.Device(0)
             card.use()
             properties = cupy.cuda.runtime.getDeviceProperties(0)
-        except cupy.cuda.runtime.CUDARuntimeError as e:
+            self._stream = cupy.cuda.Stream(non_blocking=True)  # of its own: only there launches can be recorded
+        except (RuntimeError, OSError) as e:  # CUDA's, or libraries that CuPy does not find
             raise ModelError(f"--device gpu: {_meaning(e)}") from None
         self.name = properties["name"].decode()
         self.capability = properties["major"], properties["minor"]
@@ -36,8 +37,6 @@ class CudaDevice:
                 f"--device gpu: {self.name} has compute capability {'.'.join(map(str, self.capability))}, "
                 f"minirt needs {'.'.join(map(str, OLDEST))} or newer"
             )
-        # Work of its own stream: only there launches can be recorded.
-        self._stream = cupy.cuda.Stream(non_blocking=True)
         self._stream.use()
         self._modules: dict[tuple[Any, ...], Any] = {}
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
@@ -91,17 +90,19 @@ class CudaDevice:
 
     def _compiled(self, file: str, name: str, constants: dict[str, int | str]) -> Kernel:
         key = file, *sorted(constants.items())
-        if key not in self._modules:
-            macros = (f"-D{macro}={value}" for macro, value in constants.items())
-            self._modules[key] = self._cupy.RawModule(
-                code=source_of(file), options=("-std=c++17", *macros), backend="nvrtc"
-            )
         try:
+            if key not in self._modules:
+                macros = (f"-D{macro}={value}" for macro, value in constants.items())
+                self._modules[key] = self._cupy.RawModule(
+                    code=source_of(file), options=("-std=c++17", *macros), backend="nvrtc"
+                )
             function = self._modules[key].get_function(name)
-        except self._cupy.cuda.compiler.CompileException as e:
-            says = next((line for line in str(e).splitlines() if "error" in line), str(e))
+        except (self._cupy.cuda.compiler.CompileException, RuntimeError, OSError) as e:  # NVRTC may be missing, too
             capability = ".".join(map(str, self.capability))
-            raise ModelError(f"--device gpu: {file} does not compile for capability {capability}: {says}") from None
+            raise ModelError(
+                f"--device gpu: {file} does not compile for capability {capability}: {_first_error(e)}; "
+                "--device cpu does without"
+            ) from None
 
         def launch(grid: tuple[int, ...], block: tuple[int, ...], *args: Any, shared: int = 0) -> None:
             if shared > function.max_dynamic_shared_size_bytes:
@@ -138,11 +139,19 @@ class CudaDevice:
 def _cupy() -> Any:
     try:
         import cupy
-    except ImportError:
-        raise ModelError(
-            "--device gpu needs CuPy: pip install 'minirt[cuda13]', or 'minirt[cuda12]' for an older driver or card"
-        ) from None
+    except (ImportError, RuntimeError, OSError, AttributeError) as e:  # of another NumPy, without CUDA's libraries ...
+        if getattr(e, "name", "") == "cupy":
+            raise ModelError(
+                "--device gpu needs CuPy: pip install 'minirt[cuda13]', or 'minirt[cuda12]' for an older driver or card"
+            ) from None
+        raise ModelError(f"--device gpu: CuPy cannot be imported: {_first_error(e)}") from None
     return cupy
+
+
+def _first_error(error: Exception) -> str:
+    """The line of a longer text that says what is wrong."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip(" =-\t")]
+    return next((line for line in lines if "error" in line.lower()), lines[0] if lines else type(error).__name__)
 
 
 def _meaning(error: Exception) -> str:

@@ -1,8 +1,8 @@
 // Products of weights with many rows of activations: prompts. Weights are decoded to halves a tile at a time and
 // multiplied on tensor cores.
 //
-// Halves reach to 65504: activations come with a power of two taken out of each row, weights with one of the whole
-// matrix, so that what is small beside the largest is rounded first.
+// Halves reach from 6e-8 to 65504: a power of two is taken out of each row, of activations and of weights, so that what
+// is small beside the largest of its row is rounded first. Weights that are halves stay as they are.
 #include "mma.cuh"
 #ifdef LOW_BITS
 #include "formats.cuh"
@@ -52,8 +52,16 @@ DEVICE void decode_half(const Number* w, int rows, int n_in, int row, int column
 }
 #endif
 
-// out[n, row] = or += products of x, halves [N, n_in] with factors [N], and weights [rows, n_in]; `largest` is the bits
-// of the weights' largest magnitude. Grid (N / TILE, rows / TILE), rounded up.
+// The power of two that is taken out of a row, by the bits of its largest magnitude.
+DEVICE float power_of(u32 largest) {
+#ifdef NUMBER
+    if (NUMBER == KIND_F16) return 1.0f;
+#endif
+    return largest ? exp2f(fmaxf(floorf(log2f(__int_as_float(int(largest)))) - 7.0f, -120.0f)) : 1.0f;
+}
+
+// out[n, row] = or += products of x, halves [N, n_in] with factors [N], and weights [rows, n_in]; `largest` [rows] is
+// the bits of their largest magnitudes. Grid (N / TILE, rows / TILE), rounded up.
 KERNEL gemm(
     const u16* x, const float* factors, int n, int n_in, int rows, const u32* largest, int add, i64 stride, float* out,
     WEIGHTS
@@ -63,12 +71,11 @@ KERNEL gemm(
     const int warp = threadIdx.x / WARP, g = lane_id() / 4, t = lane_id() % 4;
     const int own = warp % 2 * 32, own_row = warp / 2 * 32;  // of the tile
     const int of = threadIdx.x / 2, half = threadIdx.x % 2;  // what a thread loads: a half of a row
-    const float most = __int_as_float(int(*largest));
-    const float power = most > 0.0f ? exp2f(floorf(log2f(most)) - 7.0f) : 1.0f;
+    const float inverse = 1.0f / power_of(first_row + of < rows ? largest[first_row + of] : 0);
     float sums[2][4][4] = {};
     for (int column = 0; column < n_in; column += GROUP) {
         __syncthreads();
-        decode_half(GIVEN, rows, n_in, first_row + of, column, half, 1.0f / power, weights + of * PITCH);
+        decode_half(GIVEN, rows, n_in, first_row + of, column, half, inverse, weights + of * PITCH);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const int at = column + 16 * half + 2 * i;
@@ -106,7 +113,7 @@ KERNEL gemm(
                 const int at = first + own + 16 * i + g + 8 * (c / 2), row = first_row + own_row + 8 * j + 2 * t + c % 2;
                 if (at >= n || row >= rows) continue;
                 float* to = out + at * stride + row;
-                const float sum = sums[i][j][c] * factors[at] * power;
+                const float sum = sums[i][j][c] * factors[at] * power_of(largest[row]);
                 *to = add ? *to + sum : sum;
             }
         }

@@ -23,8 +23,7 @@ KERNEL rotate_heads(const float* x, float* out) {
     __shared__ float head[HEAD_DIM];
     const i64 row = i64(blockIdx.x) * HEAD_DIM;
     for (int j = threadIdx.x; j < HEAD_DIM; j += blockDim.x) head[j] = x[row + j];
-    __syncthreads();
-    rotate<HEAD_DIM>(head);
+    rotate<HEAD_DIM>(head);  // begins with what the same thread has written
     for (int j = threadIdx.x; j < HEAD_DIM; j += blockDim.x) out[row + j] = head[j];
 }
 #endif

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from minirt.checks import check_positions
 from minirt.config import ModelConfig
 from minirt.dequantize import dequantize
 from minirt.gguf_file import Tensor
@@ -58,6 +59,7 @@ class LatentOps(BaseOps):
         """What `qkv` returns of a layer with factors, of its three products, side by side in out."""
         n, d, n_head, stride = len(out), config.head_dim, config.n_head, np.int64(out.shape[1])
         assert angles.pos is not None
+        check_positions(angles.pos)
         cos, sin = angles.values[0], angles.values[1]
         q = self._own("queries", (n, n_head, d))
         self._launch(
@@ -87,6 +89,7 @@ class LatentOps(BaseOps):
         """As `overwrite`; a slot outside the cache is left out."""
         n_seq, groups = kv.k.shape[:2]
         check_latents(kv, n_seq, k, v)
+        check_positions(pos)
         spans = (np.int64(stride // positions.itemsize) for stride in positions.strides[:2])
         self._launch(
             "latents.cu", "overwrite", (groups, n_seq, 2), 128, *kv.k.arguments, *kv.v.arguments, slot, slot.shape[1],

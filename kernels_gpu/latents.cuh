@@ -4,6 +4,7 @@
 #include "common.cuh"
 
 constexpr int UNIT = 32;  // numbers of a block
+constexpr float BEYOND_HALF = 65520.0f;  // this and larger numbers become infinite as halves
 
 template <int BITS>
 constexpr int BLOCK_BYTES = UNIT * BITS / 8;
@@ -40,6 +41,8 @@ DEVICE void write_latent(const Latents& rows, i64 row, const float* x, float (&s
             low = fminf(low, x[i]), high = fmaxf(high, x[i]), odd |= x[i] != x[i];
         odd = __syncthreads_or(odd);
         low = 0.0f - block_max(-low, shared), high = 0.0f + block_max(high, shared);  // never -0
+        // So does a row whose largest number is beyond halves, to which rows are decoded.
+        odd = odd || to_float(to_half((high - low) / MOST)) * MOST + to_float(to_half(low)) >= BEYOND_HALF;
         const u16 scale_bits = to_half(odd ? NOT_A_NUMBER : (high - low) / MOST);
         const u16 least_bits = to_half(odd ? NOT_A_NUMBER : low);
         const float scale = to_float(scale_bits), least = to_float(least_bits);

@@ -12,7 +12,7 @@ from minirt.gguf_file import Tensor, release
 from .device import Array, Device
 from .formats import FORMATS, GROUP, NUMBERS, SUPER
 
-THREADS = 128
+WARP, THREADS = 32, 128
 _BITS = {"F32": np.float32, "F16": np.uint16, "BF16": np.uint16}
 
 
@@ -22,7 +22,7 @@ class Matrix:
 
     name: str  # of its format
     planes: tuple[Array | None, ...]  # low, high, scales, supers; or numbers alone
-    largest: Array  # uint32 [1]: the bits of the largest magnitude
+    largest: Array  # uint32 [n_out]: the bits of each row's largest magnitude
     shape: tuple[int, int]
     nbytes: int  # in the file, which is about what reading it takes
 
@@ -36,12 +36,13 @@ class Matrix:
 
 def make_matrix(device: Device, tensor: Tensor) -> Matrix:
     name, (n_out, n_in) = tensor.type.name, tensor.shape
-    largest, n = device.zeros((1,), np.uint32), n_out * n_in
+    largest, n = device.zeros((n_out,), np.uint32), n_out * n_in
     data = device.upload(np.ascontiguousarray(tensor.data).view(_BITS.get(name, np.uint8)).reshape(-1))
     release(tensor)
     if name in NUMBERS:
         kernel = device.kernel("maxima.cu", "find_largest", NUMBER=f"KIND_{name}")
-        kernel((min(1024, -(-n // THREADS)), 1, 1), (THREADS, 1, 1), data, np.int64(n), largest)
+        grid = (-(-n_out // (THREADS // WARP)), 1, 1)
+        kernel(grid, (THREADS, 1, 1), data, np.int32(n_out), np.int32(n_in), largest)
         return Matrix(name, (data,), largest, (n_out, n_in), tensor.data.nbytes)
     f, groups = FORMATS[name], n // GROUP
     planes: list[Any] = [
@@ -53,5 +54,6 @@ def make_matrix(device: Device, tensor: Tensor) -> Matrix:
     block = {"BLOCK_BYTES": tensor.type.block_bytes, "BLOCK_GROUPS": tensor.type.block_size // GROUP}
     kernel = device.kernel("repack.cu", "repack", SOURCE=f"FROM_{name}", **block, **f.constants)
     arguments = (np.uint64(0) if plane is None else plane for plane in planes)
-    kernel((-(-groups // THREADS), 1, 1), (THREADS, 1, 1), data, np.int64(groups), *arguments, largest)
+    sizes = np.int64(groups), np.int32(n_in // GROUP)
+    kernel((-(-groups // THREADS), 1, 1), (THREADS, 1, 1), data, *sizes, *arguments, largest)
     return Matrix(name, tuple(planes), largest, (n_out, n_in), tensor.data.nbytes)

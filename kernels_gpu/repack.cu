@@ -64,8 +64,11 @@ DEVICE u32 super_of(const u8* b) {
     return u16_at(b) | u16_at(b + 2) << 16;
 }
 
-// Blocks of BLOCK_BYTES bytes that hold BLOCK_GROUPS groups each. largest: the bits of the largest |weight|, 0 before.
-KERNEL repack(const u8* blocks, i64 groups, u8* low, u8* high, u8* scales, u32* supers, u32* largest) {
+// Blocks of BLOCK_BYTES bytes that hold BLOCK_GROUPS groups each. largest: the bits of the largest |weight| of each row
+// of row_groups, 0 before.
+KERNEL repack(
+    const u8* blocks, i64 groups, int row_groups, u8* low, u8* high, u8* scales, u32* supers, u32* largest
+) {
     const i64 group = i64(blockIdx.x) * blockDim.x + threadIdx.x;
     if (group >= groups) return;
     const u8* b = blocks + group / BLOCK_GROUPS * BLOCK_BYTES;
@@ -98,5 +101,5 @@ KERNEL repack(const u8* blocks, i64 groups, u8* low, u8* high, u8* scales, u32* 
         weights_of(own, steps, i, w);
         for (int j = 0; j < 4; j++) most = fmaxf(most, fabsf(w[j]));
     }
-    if (most < INFINITE) atomicMax(largest, u32(__float_as_int(most)));
+    if (most < INFINITE) atomicMax(largest + group / row_groups, u32(__float_as_int(most)));
 }

@@ -108,7 +108,8 @@ DEVICE constexpr float inverse_root(int n) {
 }
 
 // x [heads, D] in shared memory, each run of ROTATION<D> numbers times the Hadamard matrix of that size, of orthonormal
-// rows; in the order of additions of the reference. All threads of the block call; ends with a barrier.
+// rows; in the order of additions of the reference. All threads of the block call; each begins with the numbers
+// threadIdx.x + n blockDim.x. Ends with a barrier.
 template <int D>
 DEVICE void rotate(float* x, int heads = 1) {
     constexpr float scale = inverse_root(ROTATION<D>);

@@ -47,7 +47,8 @@ struct Tally {
     int digit, above, within;  // that of the m-th largest; keys with larger ones, and with this one
 };
 
-// The sum of x over the threads before the calling one. All threads of a block of whole warps call. shared [WARP].
+// The sum of x over the threads before the calling one. All threads of a block of whole warps call. shared [WARP]: a
+// barrier must lie between two calls.
 DEVICE int sum_before(int x, int* shared) {
     int sum = x;
 #pragma unroll
@@ -55,7 +56,6 @@ DEVICE int sum_before(int x, int* shared) {
         const int before = __shfl_up_sync(ALL, sum, step);
         if (lane_id() >= step) sum += before;
     }
-    __syncthreads();
     const int warp = threadIdx.x / WARP;
     if (lane_id() == WARP - 1) shared[warp] = sum;
     __syncthreads();
@@ -63,7 +63,7 @@ DEVICE int sum_before(int x, int* shared) {
 }
 
 // A number that exactly the m largest of keys key(i), i < n, reach; after fewer than all digits, or if keys are equal,
-// perhaps more. 0 < m <= n. All threads of a block call, of a power of two up to 1024.
+// perhaps more. 0 < m <= n. All threads of a block call, of a power of two up to 1024; none reads a key before a barrier.
 template <class Key>
 DEVICE u64 least_of_largest(int n, int m, int digits, Tally& tally, const Key& key) {
     u64 found = 0;

@@ -9,7 +9,7 @@ import numpy as np
 from .config import ModelConfig
 from .ops import CODED_UNIT, INDEX_UNIT, KV, CodedIndex, Far
 from .rope import Angles
-from .stores import row_numbers
+from .stores import MAX_POSITION, row_numbers
 
 if TYPE_CHECKING:
     from .weights import LayerWeights
@@ -63,6 +63,12 @@ def check_slots(kv: KV, seq: np.ndarray, slot: np.ndarray) -> None:
     (least_seq, most_seq), (least, most) = _bounds(seq), _bounds(slot)
     if least_seq < 0 or most_seq >= n_seq or least < 0 or most >= n_slot:
         raise ValueError(f"cache of {n_seq} sequences x {n_slot} slots cannot take slots {least}..{most}")
+
+
+def check_positions(pos: np.ndarray) -> None:
+    """Of tokens whose keys are latents, which carry them as float32."""
+    if pos.size and not 0 <= pos.min() <= pos.max() <= MAX_POSITION:
+        raise ValueError(f"positions {pos.min()}..{pos.max()} lie outside a text of up to {MAX_POSITION} tokens")
 
 
 def check_ranges(q: np.ndarray, kv: KV, first: np.ndarray, stop: np.ndarray) -> None:

@@ -6,15 +6,17 @@ notes what it would launch.
 
 from __future__ import annotations
 
+import datetime
 import json
+import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from nvrtc import nvrtc_for
+from nvrtc import Resources, nvrtc_for
 from test_dequantize import random_tensor
 
 from kernels_gpu.device import source_of
@@ -155,12 +157,15 @@ def variants_of(arch: int) -> dict[Variant, set[str]]:
     return device.variants
 
 
-def resources(arch: int) -> dict[str, Any] | None:
-    """What each kernel needs of a multiprocessor, by file, constants and name; None without an NVRTC for this one."""
+def resources(arch: int, files: Collection[str] = ()) -> dict[str, Resources] | None:
+    """What each kernel needs of a multiprocessor, by file, name and constants: of some files, or of all. None without
+    an NVRTC for this capability."""
     if not (nvrtc := nvrtc_for(arch)):
         return None
     found = {}
     for (file, constants), names in variants_of(arch).items():
+        if files and file not in files:
+            continue
         options = ["-std=c++17", *(f"-D{name}={value}" for name, value in constants)]
         used = nvrtc.compile(source_of(file), arch, options=options).resources
         shown = " ".join(f"{name}={value}" for name, value in constants)
@@ -168,12 +173,33 @@ def resources(arch: int) -> dict[str, Any] | None:
     return found
 
 
-def main() -> None:
-    """Writes them all as JSON: python tests/gpu_variants.py tools/results/gpu_resources.json"""
-    found = {f"sm_{arch}": resources(arch) for arch in ARCHS}
-    rows = {arch: {name: asdict(r) for name, r in sorted(of.items())} for arch, of in found.items() if of}
-    Path(sys.argv[1]).write_text(json.dumps(rows, indent=1) + "\n")
+def report() -> str:
+    """JSON, a line for each kernel: [registers of a thread, bytes of a block's static shared memory, bytes spilled] on
+    each capability; null where it is not used."""
+    found = {arch: r for arch in ARCHS if (r := resources(arch)) is not None}
+    facts = {
+        "date": datetime.date.today().isoformat(), "commit": commit(), "capabilities": list(found),
+        "nvrtc": [nvrtc_for(arch).version for arch in found],
+        "numbers": ["registers", "shared bytes", "spilled bytes"],
+    }  # fmt: skip
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in facts.items()]
+    rows = [
+        f"  {json.dumps(name)}: {json.dumps([numbers(of.get(name)) for of in found.values()], separators=(',', ':'))}"
+        for name in sorted({name for of in found.values() for name in of})
+    ]
+    return "\n".join(["{", *lines, ' "kernels": {', ",\n".join(rows), " }", "}", ""])
+
+
+def numbers(used: Resources | None) -> list[int] | None:
+    return None if used is None else [used.registers, used.shared, used.spill]
+
+
+def commit() -> str:
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return described.stdout.strip()
 
 
 if __name__ == "__main__":
-    main()
+    Path(sys.argv[1]).write_text(report())  # python tests/gpu_variants.py tools/results/gpu_resources.json

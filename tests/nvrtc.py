@@ -48,6 +48,9 @@ class Nvrtc:
         archs = (ctypes.c_int * count.value)()
         self._call("GetSupportedArchs", archs)
         self.archs = tuple(archs)
+        major, minor = ctypes.c_int(), ctypes.c_int()
+        self._call("Version", ctypes.byref(major), ctypes.byref(minor))
+        self.version = f"{major.value}.{minor.value}"
 
     def compile(
         self, source: str, arch: int, name_expressions: Sequence[str] = (), options: Sequence[str] = ()

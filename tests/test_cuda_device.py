@@ -27,7 +27,8 @@ class FakeCompileError(Exception):
 
 def fake_cupy(**changes: Any) -> Any:
     """One card of capability 9.0 with 8 GiB, of which changes tell otherwise."""
-    has = {"count": 1, "capability": (9, 0), "error": "", "compiles": True, "room": True, "captures": True} | changes
+    has = {"count": 1, "capability": (9, 0), "error": "", "compiles": True, "room": True, "captures": True}
+    has |= {"free": 2 << 30, "cached": 1 << 30} | changes
     properties = {"name": b"Card", "major": has["capability"][0], "minor": has["capability"][1]}
     properties |= {"multiProcessorCount": 4, "sharedMemPerBlockOptin": 65536}
 
@@ -56,11 +57,11 @@ def fake_cupy(**changes: Any) -> Any:
     stream = SimpleNamespace(use=lambda: None, begin_capture=begin, end_capture=lambda: graph)
     runtime = SimpleNamespace(
         CUDARuntimeError=FakeRuntimeError, getDeviceCount=count, getDeviceProperties=lambda i: properties,
-        memGetInfo=lambda: (2 << 30, 8 << 30), driverGetVersion=lambda: 13010,
+        memGetInfo=lambda: (has["free"], 8 << 30), driverGetVersion=lambda: 13010,
     )  # fmt: skip
     fake = SimpleNamespace(
         functions=[], launches=[], empty=make, zeros=make, asarray=make, concatenate=make,
-        get_default_memory_pool=lambda: SimpleNamespace(free_bytes=lambda: 1 << 30),
+        get_default_memory_pool=lambda: SimpleNamespace(free_bytes=lambda: has["cached"]),
         RawModule=lambda **options: SimpleNamespace(get_function=get_function),
         cuda=SimpleNamespace(
             runtime=runtime, Device=lambda i: SimpleNamespace(use=lambda: None), Stream=lambda non_blocking: stream,

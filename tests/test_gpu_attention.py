@@ -14,7 +14,7 @@ from test_stores import hard_rows
 from kernels_gpu.attention_ops import FLOAT, TENSOR
 from kernels_gpu.ops import GpuOps
 from kernels_gpu.rows import encoded
-from minirt.ops import KV
+from minirt.ops import KV, Far
 from minirt.reference.attention import scaled_logits
 from minirt.stores import STORES
 
@@ -115,6 +115,33 @@ def test_attend_chunk(ops: Any, store: str, heads: tuple[int, int, int]) -> None
 def test_chunks_of_odd_heads(ops: Any, old: Any, heads: tuple[int, int, int]) -> None:
     test_ops.test_attend_chunk(ops, "f16", *heads, 0, 33, 0)
     test_ops.test_attend_chunk(old, "f16", *heads, 5, 20, 1)
+
+
+@pytest.mark.parametrize(("store", "group"), [("q8_0", 1), ("q4_0", 3), ("q8_0/q4_0", 2)])
+def test_long_chunks_of_rotated_rows(ops: Any, store: str, group: int) -> None:
+    """Several blocks of rows that see several tiles of keys, and of a window the first slots from far away."""
+    n, start, sinks, k_store, v_store = 150, 30, 4, *(store.split("/") * 2)[:2]
+    q, far, found = normal(n, group, 32, seed=9) * 3, normal(n, group, 32, seed=8) * 3, []
+    for device in (ops, TRUTH):
+        kv = KV(filled(device, k_store, 1, 1, 180, 32).k, filled(device, v_store, 1, 1, 180, 32).v)
+        ring, lse, far_lse = KV(kv.k[:, :, sinks:], kv.v[:, :, sinks:]), *(np.zeros((2, n, group), np.float32))
+        whole = device.attend_chunk(q, kv, 0, start).copy()
+        out = device.attend_chunk(q, ring, 0, start - sinks, 100, None, lse).copy()
+        device.join_attention(out, lse, device.attend_chunk(far, kv, 0, start - 104, 0, sinks, far_lse).copy(), far_lse)
+        found.append((whole, out))
+    for ours, truth in zip(*found, strict=True):
+        assert_close(ours, truth, 1e-3)
+
+
+@pytest.mark.parametrize("store", ["q8_0", "q4_0"])
+def test_far_slots_of_several_parts(ops: Any, old: Any, store: str) -> None:
+    """That end within a part, at its border, and with the last."""
+    first, stop, far = (np.array(x, np.int32) for x in ([200, 130, 290], [300, 300, 300], [150, 128, 290]))
+    q, other = normal(3, 3, 32, seed=9) * 3, normal(3, 3, 32, seed=8) * 3
+    truth = TRUTH.attend(q, filled(TRUTH, store, 3, 1, 300, 32), first, stop, Far(other, far))
+    for device in (ops, old):
+        found = device.attend(q, filled(device, store, 3, 1, 300, 32), first, stop, Far(other, far))
+        assert_close(found, truth, test_ops.attention_error(ops, store))
 
 
 def test_joined_attention(ops: Any) -> None:

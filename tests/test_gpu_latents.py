@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from kernels_gpu import latent_ops
 from kernels_gpu.latent_rows import encoded
 from minirt.ops import KV, Far
 from minirt.reference.attention import decoded
-from minirt.stores import get_stores
+from minirt.stores import MAX_POSITION, get_stores
 
 HALVES = 2e-3  # of weights and of what was coded, as tensor cores take them
 
@@ -57,7 +58,7 @@ def test_rows_are_the_same(ops: Any, name: str, rank: int) -> None:
         for a, b in zip(ours, truth, strict=True):
             found = encoded(ops.ops.device, a)
             assert np.array_equal(found[0, 0, FINITE], b.rows[0, 0, FINITE])
-            assert not np.isfinite(b.store.decode(found)[0, 0, 6:10, :rank]).all(axis=1).any()
+            assert not np.isfinite(b.store.decode(found)[0, 0, 6:11, :rank]).all(axis=1).any()
 
 
 @pytest.mark.parametrize(("s", "name"), CASES, ids=str)
@@ -154,6 +155,19 @@ def test_far_positions(ops: Any) -> None:
         found.append(kv)
     ours = ops.to_host(ops.ops._rebuilt(found[0], 0, n, True).k.codes)[0].astype(np.float32)
     assert_close(ours, decoded(found[1].k[0]), 1e-3)
+
+
+@pytest.mark.parametrize("pos", [-1, MAX_POSITION + 1])
+def test_positions_outside_a_text_are_refused(ops: Any, pos: int) -> None:
+    """Where the host knows them; the keys of those that are turn by numbers, not by a table."""
+    s, device, where = SHAPES[0], ops.ops.device, np.array([pos], np.int32)
+    kv, (k, v) = filled(ops, s, "latent-f16", 5, 1), map(device.upload, latents(s, 1, where))
+    slot, positions = device.zeros((1, 1), np.int32), device.zeros((1, 1, 5), np.int32)
+    with pytest.raises(ValueError, match="lie outside a text"):
+        ops.ops._overwrite_latents(kv, slot, k, v, positions, where)
+    angles, config = ops.angles(rope_of(s), where), SimpleNamespace(head_dim=s.d, n_head=s.n_head)
+    with pytest.raises(ValueError, match="lie outside a text"):
+        ops.ops._q_and_latents(device.zeros((1, 512), np.float32), None, config, angles)
 
 
 def test_sums_of_groups(ops: Any) -> None:

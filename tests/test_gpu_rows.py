@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import test_ops
+from cuda_host import HostDevice
 from emulated import EmulatedDevice, emulated_ops
 from test_dequantize import random_tensor
 
 from kernels_gpu import row_ops
+from kernels_gpu.device import source_of
 from kernels_gpu.ops import GpuOps
+from minirt.dequantize import dequantize
 from minirt.gguf_file import TENSOR_TYPES
 
 
@@ -51,6 +54,29 @@ def test_layers(ops: Any, n: int) -> None:
 def test_odd_rows(ops: Any, columns: int) -> None:
     for name in ("F32", "F16", "BF16"):
         test_ops.test_rows_that_are_not_whole_vectors(ops, name, columns)
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    [("F32", [1e-38, 1e-8, 1, 7e4, 1e30]), ("BF16", [1e-30, 1, 1e9]), ("F16", [1e-4, 1, 1e4]), ("Q8_0", [1e-5, 500])],
+)
+def test_rows_of_weights_of_any_size(ops: Any, name: str, sizes: list[float]) -> None:
+    """In a prompt, whose products are made of halves, none becomes infinite or nothing, or less exact than others."""
+    tensor, scale = random_tensor(name, len(sizes), 256), np.float32(sizes)[:, None]
+    if name == "Q8_0":
+        tensor.data.reshape(len(sizes), -1, 34)[..., :2] = scale.astype(np.float16).view(np.uint8)[:, None]
+    else:
+        values = dequantize(tensor) * scale
+        as_stored = {
+            "F32": lambda: values,
+            "F16": lambda: values.astype(np.float16),
+            "BF16": lambda: values.view("<u2")[:, 1::2],
+        }
+        tensor.data[...] = np.ascontiguousarray(as_stored[name]()).view(np.uint8)
+    x, norm = test_ops.normal(12, 256), np.ones(256, np.float32)
+    ours, truth = (device.logits(x, norm, 1e-5, device.matrix(tensor)) for device in (ops, test_ops.TRUTH))
+    for row, true in zip(ours.T.astype(np.float64), truth.T.astype(np.float64), strict=True):
+        assert np.linalg.norm(row - true) <= 5e-4 * np.linalg.norm(true)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -96,3 +122,18 @@ def test_the_order_of_threads_does_not_show(ops: Any, seed: int) -> None:
     other = emulated_ops(seed)
     first, second = (each.logits(x, norm, 1e-5, each.matrix(tensor)) for each in (ops, other))
     assert np.array_equal(first, second)
+
+
+def test_sums_of_a_block_one_after_another(cuda_host: HostDevice) -> None:
+    source = (
+        source_of("common.cuh")
+        + """
+KERNEL sums(float* a) {
+    __shared__ float shared[WARP];
+    const float x = a[threadIdx.x], most = block_max(x, shared), sum = block_sum(x, shared);
+    a[threadIdx.x] = most + sum + block_sum(2.0f * x, shared);
+}"""
+    )
+    a = cuda_host.xp.asarray(np.arange(96, dtype=np.float32))
+    cuda_host.compile(source).get_function("sums")((1,), (96,), (a,))
+    assert (a.get() == 95 + 3 * 95 * 48).all()

@@ -14,7 +14,7 @@ from test_ops import NUMBERS, TRUTH, assert_close, normal
 from test_sparse_ops import assert_best, int32, until
 
 from kernels_gpu import sparse_ops
-from minirt.ops import INDEX_UNIT, KV
+from minirt.ops import CODED_UNIT, INDEX_UNIT, KV
 from minirt.stores import STORES
 
 
@@ -174,6 +174,40 @@ def test_codes(ops: Any, store: str, n_head: int, n_head_kv: int, d: int, monkey
     """Codes bit for bit, and what is found by them."""
     monkeypatch.setattr(test_coded_index, "BORDERS", (1, 255, 256, 257, 529))
     test_coded_index.test_probabilities_and_the_best(ops, store, n_head, n_head_kv, d)
+
+
+@pytest.mark.parametrize(("store", "d"), [("f16", 32), ("q4_0-plain", 32)])
+def test_codes_in_chunks(ops: Any, store: str, d: int) -> None:
+    """Bit for bit, however the text comes, from one unit into the next."""
+    n, found = CODED_UNIT + 90, []
+    k = test_coded_index.keys(n, 1, d)
+    for device, stops in ((TRUTH, [n]), (ops, [n]), (ops, [100, 255, 256, 257, 300, n]), (ops, [40, CODED_UNIT, n])):
+        kv, index = test_coded_index.empty(device, store, 2, 1, n, d)
+        for seq, start, stop in zip([1] * len(stops), [0, *stops], stops, strict=False):
+            test_coded_index.append(device, kv, index, seq, start, k[start:stop])
+        found.append([device.to_host(array) for array in index[:2]])
+    for ours in found[1:]:
+        for a, b in zip(ours, found[0], strict=True):
+            assert np.array_equal(a.view(np.uint16), b.view(np.uint16))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_codes_of_what_is_not_finite(ops: Any, bad: float) -> None:
+    """It hides its unit of the component, and nothing else; rows stay within the cache."""
+    n, found = CODED_UNIT + 40, []
+    k, q = test_coded_index.keys(n, 2, 32), normal(1, 4, 32)
+    k[7, 0, 5] = bad
+    for device in (ops, TRUTH):
+        kv, index = test_coded_index.empty(device, "f16", 1, 2, n, 32)
+        test_coded_index.append(device, kv, index, 0, 0, k)
+        choice = device.approximate_top_k(q, index, int32(n), 32, 16, 0, False)
+        found.append([device.to_host(array).copy() for array in (*index[:2], *choice)])
+    (codes, scales, rows, weights), (true_codes, true_scales, truth, of_truth) = found
+    assert np.array_equal(codes, true_codes)
+    assert np.array_equal(scales, true_scales, equal_nan=True)
+    assert np.array_equal(rows[0, 0], truth[0, 0])
+    assert CODED_UNIT <= rows[0, 0].min() <= rows[0].max() < n
+    assert_close(weights, of_truth, 1e-4)
 
 
 # -- whole keys, and attention to chosen rows --------------------------------------------------------------------------

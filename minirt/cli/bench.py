@@ -131,7 +131,7 @@ def bench(
         loads = ((path, kvs) for path in paths for kvs in types[path])
         for (path, kvs), n_threads in itertools.product(loads, threads or (physical_cores(),)):
             with Engine("dense", kvs[0], device, n_threads, MIN_CONTEXT).load(path) as llama:
-                with Progress("compiling kernels for this CPU"):
+                with Progress("compiling kernels"):
                     for policy in chosen:
                         llama.warm_up(policy)
                 with Progress("measuring memory bandwidth"):

@@ -130,7 +130,7 @@ def _set_policy(chat: Chat, text: str) -> None:
         chat.llama.set_policy(":".join(words))
     except UsageError as e:
         raise UsageError(f"/set policy: {e}") from None
-    with Progress("compiling kernels for this CPU"):
+    with Progress("compiling kernels"):
         chat.llama.warm_up()
 
 

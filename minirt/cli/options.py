@@ -68,7 +68,7 @@ class Engine:
                 chat_template=self.chat_template,
                 progress=progress,
             )
-        with Progress("compiling kernels for this CPU"):
+        with Progress("compiling kernels"):
             llama.warm_up()
         if llama.n_ctx > llama.config.n_ctx_train:
             trained = llama.config.n_ctx_train

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 UNIT = 32  # numbers in a block
 POSITION_BYTES = 4
 SCALE_BYTES = 4  # of the scale and the minimum together
+BEYOND_HALF = 65520  # and larger numbers become infinite as float16
 MAX_POSITION = 1 << 24  # of a token: positions come as float32, in which numbers up to here are exact
 
 
@@ -56,8 +57,8 @@ class LatentStore(Store):
         return self.scale_bytes + -(-rank // UNIT) * self.block_bytes + POSITION_BYTES * self.keys
 
     def encode(self, rows: np.ndarray) -> np.ndarray:
-        """float32 [..., r] or [..., r + 1] -> uint8 [..., bytes]. A row with a number that is not finite, or beyond
-        float16, has none that is."""
+        """float32 [..., r] or [..., r + 1] -> uint8 [..., bytes]. What is not finite, or beyond float16, is not finite
+        when it is decoded; of rows of codes, then nothing is."""
         x = np.ascontiguousarray(rows[..., :-1] if self.keys else rows, np.float32)
         fill = np.zeros((*x.shape[:-1], -x.shape[-1] % UNIT), np.float32)
         with np.errstate(all="ignore"):
@@ -133,6 +134,7 @@ def _encode_codes(x: np.ndarray, fill: np.ndarray, bits: int) -> list[np.ndarray
     low, high = (f(x, axis=-1, keepdims=True) + np.float32(0) for f in (np.min, np.max))  # 0, not -0
     head = np.concatenate([(high - low) / most, low], axis=-1).astype(np.float16)
     scale, minimum = np.split(head.astype(np.float32), 2, axis=-1)
+    head[(scale * most + minimum >= BEYOND_HALF)[..., 0]] = np.nan  # a card decodes to float16
     q = (x - minimum) * np.where(scale == 0, np.float32(0), np.float32(1) / scale)
     q = np.where(q > 0, q, np.float32(0))  # NaN too
     q = np.where(q < most, q, most) + np.float32(0.5)
