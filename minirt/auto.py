@@ -21,12 +21,13 @@ from typing import Any
 from .config import ModelConfig
 from .errors import UsageError
 from .gguf_file import GGUFFile
-from .policies import Policy, SparQ, TopK, parse_policy
+from .policies import Policy, SparQ, in_proportion, parse_policy
 from .policies.budget import Budget
 from .stores import get_stores
 
 FRONTIER = Path(__file__).with_name("frontier.json")
 AUTO, DENSE = "auto", "dense"
+STEP = 256  # tokens
 
 
 @dataclass(frozen=True)
@@ -118,35 +119,39 @@ def read_per_token(file: GGUFFile) -> int:
     return sum(tensor.data.nbytes for name, tensor in file.tensors.items() if name not in unread)
 
 
-def _candidates(config: ModelConfig, n_ctx: int, weight_bytes: int, kv: str, device: str) -> Iterator[Candidate]:
-    """All measured points that fit this model."""
+def _candidates(config: ModelConfig, n_ctx: int, weight_bytes: int, wanted: str, device: str) -> Iterator[Candidate]:
+    """All measured points that fit this model, of the wanted KV type or any."""
     data = frontier()
     reach = data["efficiency"].get(device, {})
 
-    def full_bytes(policy: Policy, kv: str) -> float:
-        read = policy.bytes_read(config, policy.plan(config, n_ctx, *get_stores(kv)), n_ctx)
+    def full_bytes(policy: Policy, kv: str, n: int = n_ctx) -> float:
+        read = policy.bytes_read(config, policy.plan(config, n_ctx, *get_stores(kv)), n)
         share = reach.get(f"{policy.name} {kv}", reach.get(policy.name, 1.0))
         return float(weight_bytes / reach.get("weights", 1.0) + read / share)
 
-    base = full_bytes(parse_policy(DENSE), "f16")
+    dense = parse_policy(DENSE)
+    base = full_bytes(dense, "f16")
     for point in data["points"]:
-        if kv not in ("auto", point["kv"]):
+        kv, policy = point["kv"], _scaled(parse_policy(point["policy"]), config, n_ctx, data)
+        stores = get_stores(kv)
+        if wanted not in (AUTO, kv):
             continue
-        policy, stores = _scaled(parse_policy(point["policy"]), config, n_ctx, data), get_stores(point["kv"])
         try:
             policy.check(config, n_ctx, *stores)
         except UsageError:
             continue
         held = policy.plan(config, n_ctx, *stores).nbytes(config)
-        own = full_bytes(policy, point["kv"])
-        yield Candidate(policy, point["kv"], point["kld"], base / own, own, held)
+        if isinstance(policy, SparQ):  # while it would read more slowly than dense does, it need not be sparse
+            short = range(policy.rows, n_ctx, STEP)
+            until = next((n for n in short if full_bytes(policy, kv, n) < full_bytes(dense, kv, n)), n_ctx)
+            policy = replace(policy, dense_until=until)
+        own = full_bytes(policy, kv)
+        yield Candidate(policy, kv, point["kld"], base / own, own, held)
 
 
 def _scaled(policy: Policy, config: ModelConfig, n_ctx: int, data: Mapping[str, Any]) -> Policy:
-    """The same shares of this model's heads and context. A budget is a share as it is."""
-    if not isinstance(policy, (SparQ, TopK)):
-        return policy
-    policy = replace(policy, k=max(1, policy.k * n_ctx // data["n_ctx"]))
+    """The same shares of this model's heads and context."""
+    policy = in_proportion(policy, n_ctx, data["n_ctx"])
     if isinstance(policy, SparQ):
         policy = replace(policy, r=max(1, min(policy.r * config.head_dim // data["head_dim"], config.head_dim)))
     return policy

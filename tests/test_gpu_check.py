@@ -13,6 +13,7 @@ import pytest
 from click.testing import CliRunner
 from emulated import emulated_ops
 
+from minirt import ModelError
 from minirt.bandwidth.synthetic import Shape
 
 TOOLS = Path(__file__).parents[1] / "tools"
@@ -64,4 +65,28 @@ def test_benchmarks(check: Any, tmp_path: Path) -> None:
 def test_no_benchmark_begins_when_time_is_over(check: Any) -> None:
     result = CliRunner().invoke(check.main, ["--no-tests", "--minutes", "0"])
     assert result.exit_code == 0, result.output
-    assert len(result.stdout.splitlines()) == 3
+    lines = result.stdout.splitlines()
+    assert [line.split(": ")[-1] for line in lines[1:-1]] == 5 * ["no time was left"]
+
+
+def test_what_fails_stops_nothing_else(check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    for name in ("attention_rows", "throughput_rows", "latent_rows"):
+        monkeypatch.setattr(check, name, fail)
+    output = tmp_path / "gpu.json"
+    result = CliRunner().invoke(check.main, ["--no-tests", "-o", str(output)])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(output.read_text())
+    assert facts["missing"] == dict.fromkeys(("attention, B=2 S=64", "throughput", "latents"), "out of memory")
+    assert len(facts["rows"]) == 6
+
+
+def test_no_card_is_one_line(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise ModelError("--device gpu: no card")
+
+    monkeypatch.setattr(check, "open_card", fail)
+    result = CliRunner().invoke(check.main, [])
+    assert (result.exit_code, result.stderr) == (1, "Error: --device gpu: no card\n")

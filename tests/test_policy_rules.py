@@ -167,6 +167,15 @@ def test_sparq_by_hand(device: str) -> None:
     assert said(run.step(cut(text, 3, 4))) == pytest.approx((5 * 1 + 3 * 10) / 10, rel=1e-5)  # not renormalised
 
 
+@pytest.mark.parametrize("device", OPS)
+def test_sparq_is_dense_while_a_text_is_short(device: str) -> None:
+    short = "sparq:r=1:k=1:local=0:reallocate=off:dense_until=4"
+    runs, text = [toy_run(policy, device) for policy in (short, "dense")], toy([2, 8, 4, 1, 16, 4], [1, 2, 3, 4, 5, 6])
+    found = [[said(run.step(cut(text, t, t + 1))) for run in runs] for t in range(6)]
+    assert [sparse == dense for sparse, dense in found] == 4 * [True] + 2 * [False]
+    assert [sparse for sparse, _ in found[4:]] == [5, 5]
+
+
 def test_grouped_heads_choose_together() -> None:
     """sum-prob: two heads, of which one is sure; sum-logit: the other's veto counts."""
     q, k, v = (np.zeros((1, 4, h, 16), np.float32) for h in (2, 1, 1))

@@ -19,7 +19,7 @@ from ..config import ModelConfig
 from ..decoder import Decoder
 from ..errors import ModelError, UsageError
 from ..ops import Array, Ops
-from ..policies import Policy, SparQ, TopK, parse_policy
+from ..policies import Policy, in_proportion, parse_policy
 from ..reference import ReferenceOps
 from ..stores import Store, get_stores
 from .caches import caches_bytes, caches_of, check_room, fill_all
@@ -27,8 +27,8 @@ from .counted import CountedOps
 from .paired import in_turn
 from .synthetic import RandomRows, Shape, config_of, factors_of, fill, random_queries, with_latents
 
-TOUCHED = 2 << 30  # bytes that the policy which reads least shall read before it comes to a layer again
-MOST_LAYERS = 64
+TOUCHED = 1 << 30  # bytes that the policy which reads least shall read before it comes to a layer again, unless ...
+MOST_LAYERS, MOST_BYTES = 64, 6 << 30  # ... so many would not be enough
 CHECKED = 1 << 19  # rows of keys, all heads and sequences, that the reference is asked for
 TOLERANCE = 0.05  # of a result's norm: an approximate choice may turn on the last bit, a wrong kernel is off by 1
 BASELINE = "dense"
@@ -179,7 +179,7 @@ def _layers_of(cell: Cell, policies: Mapping[str, Policy], stores: tuple[Store, 
     need = caches_bytes(one, policies, plans, cell.n_seq)
     check_room(cell, need, room)
     least = cell.n_seq * min(policy.bytes_read(one, plans[text], cell.depth) for text, policy in policies.items())
-    return max(1, min(MOST_LAYERS, -(-TOUCHED // max(least, 1)), room // need))
+    return max(1, min(MOST_LAYERS, -(-TOUCHED // max(least, 1)), min(room, MOST_BYTES) // need))
 
 
 def error_of(ops: Ops, cell: Cell, policy: Policy) -> float:
@@ -191,17 +191,10 @@ def error_of(ops: Ops, cell: Cell, policy: Policy) -> float:
     depth = min(cell.depth, most)
     config, stores, found = cell.config, cell.stores, []
     for device in (ops, ReferenceOps()):
-        small = _shortened(policy, cell.depth, depth)
+        small = in_proportion(policy, depth, cell.depth)
         decoder = Decoder(config, factors_of(device, config), device, small)
         cache = decoder.new_cache(small.plan(config, depth, *stores), cell.n_seq)
         fill(device, cache, small, config, depth - 1)
         inputs = _inputs(device, replace(cell, depth=depth), cache.plan, config)
         found.append(np.array(device.to_host(small.attend(device, cache, 0, *inputs))))
     return float(np.linalg.norm(found[0] - found[1]) / np.linalg.norm(found[1]))
-
-
-def _shortened(policy: Policy, depth: int, own: int) -> Policy:
-    """The policy for a part of the depth: what it reads, if that is a number of tokens, is the same share."""
-    if own == depth or not isinstance(policy, (SparQ, TopK)):
-        return policy
-    return replace(policy, k=max(1, policy.k * own // depth))

@@ -78,11 +78,20 @@ class CountedOps:
         return self._ops.exact_top_k(q, kv, stop, k)
 
     def attend_rows(
-        self, q: Array, kv: KV, rows: Array, stop: IntArray, weights: Array | None, mean: Array | None
+        self,
+        q: Array,
+        kv: KV,
+        rows: Array,
+        stop: IntArray,
+        weights: Array | None,
+        mean: Array | None,
+        counts: Array | None = None,
     ) -> Array:
-        self.read += int(np.minimum(stop, rows.shape[2]).sum()) * self._both(kv)
+        n_head_kv = int(rows.shape[1])
+        found = n_head_kv * np.minimum(stop, rows.shape[2]) if counts is None else self._ops.to_host(counts)[..., 0]
+        self.read += int(found.sum()) * self._both(kv) // n_head_kv
         self.read += 0 if mean is None else _FLOAT32 * int(np.prod(mean.shape))
-        return self._ops.attend_rows(q, kv, rows, stop, weights, mean)
+        return self._ops.attend_rows(q, kv, rows, stop, weights, mean, counts)
 
     def add_rows(self, kv: KV, rows: Array, stop: IntArray, weights: Array, d: int) -> Array:
         self.read += int(np.minimum(stop, rows.shape[2]).sum()) * self._values(kv.v)

@@ -10,6 +10,7 @@ A method added later is one page here, one line in POLICIES, and a row of tests/
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Protocol
 
 from ..cache import Cache, CachePlan
@@ -29,7 +30,7 @@ from .window import LMInfinite, Streaming, Window
 
 __all__ = [
     "D2O", "H2O", "POLICIES", "TOVA", "BasePolicy", "Budget", "D2OCode", "Dense", "LMInfinite", "Policy", "SparQ",
-    "Streaming", "TopK", "Window", "make_policy", "parse_policy",
+    "Streaming", "TopK", "Window", "in_proportion", "make_policy", "parse_policy",
 ]  # fmt: skip
 
 
@@ -94,6 +95,19 @@ def make_policy(name: str, values: Mapping[str, Any] | None = None) -> Policy:
             flags = ", ".join(flag(p) for p in known) or "none"
             raise UsageError(f"{flag(parameter)} is not a parameter of --policy {name} (it has: {flags})")
     return POLICIES[name](**values or {})  # type: ignore[return-value]
+
+
+def in_proportion(policy: Policy, n: int, of: int) -> Policy:
+    """The policy for a text of n tokens that reads the same share of them as this one does of a text of `of` tokens.
+
+    A budget that is a share is one already; one of so many tokens stays what it is.
+    """
+    if isinstance(policy, TopK):
+        return replace(policy, k=max(1, policy.k * n // of))
+    if isinstance(policy, SparQ):
+        rows = max(1, policy.rows * n // of)
+        return replace(policy, most=rows) if policy.adaptive else replace(policy, k=rows)
+    return policy
 
 
 def parse_policy(text: str | Policy, flags: Iterable[tuple[str, str]] = ()) -> Policy:

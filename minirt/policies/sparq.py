@@ -65,6 +65,9 @@ class SparQ(BasePolicy):
     local: int | None = parameter(
         None, f"... of which the newest are always read.  [default: k / 4; auto: {NEWEST}]", least=0
     )
+    dense_until: int | None = parameter(
+        None, "Tokens up to which a text is attended densely.  [default: as many as are read]", least=0
+    )
     reallocate: str = parameter(
         "auto", "Give what was not read the mean value; auto: unless query heads share keys.", str,
         of=("auto", "on", "off"),
@@ -144,7 +147,7 @@ class SparQ(BasePolicy):
         return ops.attend_chunk(q, cache.layers[layer], seq, start)
 
     def attend(self, ops: Ops, cache: Cache, layer: int, q: Array, k: Array, v: Array) -> Array:
-        every, first, stop, few = cache.once(lambda own: every_token(own, self.rows))
+        every, first, stop, few = cache.once(lambda own: every_token(own, max(self.rows, self.dense_until or 0)))
         kv = cache.layers[layer]
         self._append(ops, cache, layer, every, cache.n_seen, k, v)
         if few:
