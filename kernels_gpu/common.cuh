@@ -102,7 +102,7 @@ DEVICE bool is_last(int* done, int n) {
     if (threadIdx.x == 0) {
         last = atomicAdd(done, 1) == n - 1;
         if (last) *done = 0;
-        __threadfence();
+        __threadfence();  // PTX's memory model asks for one on either side of the atomic
     }
     __syncthreads();
     return last;

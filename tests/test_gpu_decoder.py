@@ -145,14 +145,18 @@ def test_commands(card: None, device: Any, cli: Cli, tiny: Path, tmp_path: Path)
     chat = ("chat", tiny, "--device", "gpu", "-n", "3", "--temp", "0")
     bench = ("bench", tiny, "-p", "16", "-n", "4", "-r", "1", "-o", "json", "--device", "gpu")
     perplexity = ("perplexity", tiny, "-f", text, "-c", "32", "--chunks", "2", "--json", "--device")
-    for command, given in ((run, None), (chat, "hello\n"), (bench, None), (perplexity, None)):
-        result = cli(*command, *(["gpu"] if command is perplexity else []), input=given)
+    evaluate = ("eval", tiny, "-f", text, "--task", "repetition", "--length", "64", "-n", "1", "-o", "json", "--device")
+    for command, given in ((run, None), (chat, "hello\n"), (bench, None), (perplexity, None), (evaluate, None)):
+        result = cli(*command, *(["gpu"] if command in (perplexity, evaluate) else []), input=given)
         assert result.exit_code == 0, result.stderr
         assert result.stdout
         if command is bench:
             (first, *_) = json.loads(result.stdout)
             assert (first["backends"], first["gpu_info"]) == ("CUDA", device.device.name)
             assert first["memory_bytes_per_second"] > 0
+        if command is evaluate:
+            truth, found = json.loads(cli(*evaluate, "reference").stdout), json.loads(result.stdout)
+            assert [row["score"] for row in found] == [row["score"] for row in truth]
         if command is perplexity:
             truth = json.loads(cli(*perplexity, "reference").stdout)["ppl"]
             assert json.loads(result.stdout)["ppl"] == pytest.approx(truth, rel=1e-3)

@@ -33,6 +33,7 @@ FLAGS = [
     "-std=c++17",
     "-O1",
     "-gdwarf-4",
+    "-fno-var-tracking",  # messages tell lines, not variables; finding where these are takes a third of the time
     "-fPIC",
     "-fno-exceptions",
     "-ffp-contract=off",
