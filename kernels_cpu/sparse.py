@@ -208,8 +208,11 @@ def _choose_rows(n, own, own_bytes, tokens, factors, ranks, mode, local, rows, w
 def _keep_heavy(rows, weights, stop, local, least, counts):  # type: ignore[no-untyped-def]
     """Of rows [k] of a text of `stop` tokens and weights [group, k], those that stay become the first: see Ops."""
     group, k = weights.shape
+    if stop <= k:
+        counts[0] = stop
+        return
     bound, kept = least * np.float32(group), 0
-    for i in range(min(stop, k)):
+    for i in range(k):
         total = np.float32(0.0)
         for g in range(group):
             total += weights[g, i]

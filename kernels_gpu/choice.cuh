@@ -38,21 +38,24 @@ struct Choice {
     u32* ranks;      // [positions], scratch
     int* rows;       // [k]: what is chosen
     float* weights;  // [GROUP, k]: its probabilities
+    int* counts;     // [3]: how many stay; the sum of that over the calls that chose, and their number. Null: all stay
     int positions, k, local;
+    float least;     // weight, on average over the heads, of those that stay beside the last `local`
 
     DEVICE Choice of(int kv_head) const {
         const i64 at = i64(kv_head) * positions;
         return {
             logits + GROUP * at, runs + GROUP * at / RUN, sums ? sums + at / RUN : nullptr, ranks + at,
-            rows + i64(kv_head) * k, weights + i64(kv_head) * GROUP * k, positions, k, local,
+            rows + i64(kv_head) * k, weights + i64(kv_head) * GROUP * k, counts ? counts + 3 * i64(kv_head) : nullptr,
+            positions, k, local, least,
         };
     }
 };
 
 // The arguments of a kernel that ends with them, and the same for the calling block's KV head.
-#define CHOICE float *logits, float2 *runs, float *sums, u32 *ranks, int *rows, float *weights, int positions, int k, \
-    int local
-#define CHOSEN Choice{logits, runs, sums, ranks, rows, weights, positions, k, local}.of(kv_head_id())
+#define CHOICE float *logits, float2 *runs, float *sums, u32 *ranks, int *rows, float *weights, int *counts, \
+    int positions, int k, int local, float least
+#define CHOSEN Choice{logits, runs, sums, ranks, rows, weights, counts, positions, k, local, least}.of(kv_head_id())
 
 DEVICE int kv_head_id() { return blockIdx.z * gridDim.y + blockIdx.y; }
 
@@ -237,6 +240,27 @@ DEVICE void mark_best(const Choice& c, int n, int m, u32* marks, Chooser& s) {
         if (token_at(i) < n && key(i) >= least) mark(marks, token_at(i));
 }
 
+// Of the k rows of a text of n > k tokens those that stay become the first, in order, and are counted. A thread knows all
+// of a row before others come to stand in its place.
+DEVICE void keep_heavy(const Choice& c, int n, Chooser& s) {
+    int kept = 0;
+    for (int first = 0; first < c.k; first += THREADS) {
+        const int i = first + threadIdx.x, row = i < c.k ? c.rows[i] : -1;
+        float weight[GROUP], total = 0.0f;
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) total += weight[g] = i < c.k ? c.weights[i64(g) * c.k + i] : 0.0f;
+        const bool stays = i < c.k && (total >= c.least * GROUP || row >= n - c.local);
+        const int at = kept + sum_before(stays, s.tally.warps);
+        if (stays) {
+            c.rows[at] = row;
+#pragma unroll
+            for (int g = 0; g < GROUP; g++) c.weights[i64(g) * c.k + at] = weight[g];
+        }
+        kept += __syncthreads_count(stays);
+    }
+    if (threadIdx.x == 0) c.counts[0] = kept, c.counts[1] += kept, c.counts[2]++;
+}
+
 // Chooses k of the first n tokens, if all blocks that had some of them have come here. All threads of a block call.
 DEVICE void choose(const Choice& c, int n, int blocks, int* done, Chooser& s) {
     extern __shared__ u32 marks[];
@@ -258,4 +282,7 @@ DEVICE void choose(const Choice& c, int n, int blocks, int* done, Chooser& s) {
         for (int g = 0; g < GROUP; g++)
             c.weights[i64(g) * c.k + i] = probability(s, g, c.logits[i64(g) * c.positions + position]);
     }
+    if (!c.counts) return;
+    if (!all) keep_heavy(c, n, s);
+    else if (threadIdx.x == 0) c.counts[0] = n;
 }

@@ -32,13 +32,16 @@ struct Blended {
     }
 };
 
-// Row b of q attends the first stop[b] of rows [B, H_kv, k], which are among n_slots. weights [B, H_q, k] and mean [B,
+// Row b of q attends the first stop[b] of rows [B, H_kv, k], which are among n_slots; with counts [B, H_kv, 3] no more
+// than the first counts[b, h, 0] of head h. weights [B, H_q, k] and mean [B,
 // H_kv, D]: see Blended.
 KERNEL __launch_bounds__(THREADS, TENSOR_CORES ? 2 : 1) attend_rows(
-    ATTENTION, const int* rows, const int* stop, int k, int n_slots, const float* weights, const float* mean
+    ATTENTION, const int* rows, const int* stop, int k, int n_slots, const float* weights, const float* mean,
+    const int* counts
 ) {
     __shared__ float alpha[GROUP];
-    const int kv_head = blockIdx.z * (gridDim.y / SPLIT) + blockIdx.y / SPLIT, count = min(stop[blockIdx.z], k);
+    const int kv_head = blockIdx.z * (gridDim.y / SPLIT) + blockIdx.y / SPLIT, most = min(stop[blockIdx.z], k);
+    const int count = counts ? max(0, min(most, counts[3 * kv_head])) : most;
     const Listed listed{0, count, rows + i64(kv_head) * k, n_slots};
     Blended blended{nullptr, nullptr, k, count, alpha};
     if (weights) blended.weights = weights + i64(kv_head) * GROUP * k, blended.mean = mean + i64(kv_head) * D;

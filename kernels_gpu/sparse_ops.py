@@ -7,7 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from minirt.checks import check_choice, check_components, check_index, check_ranges, check_rows, index_slots
+from minirt.checks import (
+    check_choice,
+    check_components,
+    check_counts,
+    check_index,
+    check_ranges,
+    check_rows,
+    index_slots,
+)
 from minirt.ops import CODED_UNIT, KV, CodedIndex
 
 from .attention_ops import check_heads, stores
@@ -60,28 +68,40 @@ class SparseOps(BaseOps):
 
     # -- the tokens of most weight -------------------------------------------------------------------------------------
     def approximate_top_k(
-        self, q: Array, index: Array | CodedIndex, stop: np.ndarray, r: int, k: int, local: int, sum_logits: bool
+        self,
+        q: Array,
+        index: Array | CodedIndex,
+        stop: np.ndarray,
+        r: int,
+        k: int,
+        local: int,
+        sum_logits: bool,
+        least: float = 0.0,
+        counts: Array | None = None,
     ) -> tuple[Array, Array]:
         check_components(q, index, r)
         check_choice(len(q), slots := index_slots(index), stop, k, 0, local)
         check_heads(q.shape[2], q)
-        components = min(r, q.shape[2])
+        components, n_head_kv = min(r, q.shape[2]), (index[0] if isinstance(index, CodedIndex) else index).shape[1]
+        if counts is not None:
+            check_counts(counts, len(q), n_head_kv, local)
+        how = components, k, local, sum_logits, least, counts
         if isinstance(index, CodedIndex):
             codes, scales, keys = _coded(index, q.shape[2])
             tile, units = UNITS * CODED_UNIT, -(-slots // CODED_UNIT)
             arrays: tuple[Any, ...] = (codes, scales, *_blocks(codes, 8), *keys.arguments)
             launch = "coded_search.cu", "approximate_top_k", units * CODED_UNIT, tile
-            return self._choose(launch, q, keys.shape[1], arrays, stop, components, k, local, sum_logits, **_keys(keys))
+            return self._choose(launch, q, n_head_kv, arrays, stop, *how, **_keys(keys))
         constants: dict[str, Any] = {"HEAD_DIM": q.shape[2], "STORE": _number(index)}
         launch, arrays = ("sparse.cu", "approximate_top_k", slots, INDEX_TILE), (index, *_blocks(index))
-        return self._choose(launch, q, index.shape[1], arrays, stop, components, k, local, sum_logits, **constants)
+        return self._choose(launch, q, n_head_kv, arrays, stop, *how, **constants)
 
     def exact_top_k(self, q: Array, kv: KV, stop: np.ndarray, k: int) -> tuple[Array, Array]:
         check_ranges(q, kv, stop, stop)
         check_choice(len(q), kv.k.shape[2], stop, k)
         check_heads(q.shape[2], q)
         launch = "key_search.cu", "exact_top_k", -(-kv.k.shape[2] // THREADS) * THREADS, THREADS
-        return self._choose(launch, q, kv.k.shape[1], kv.k.arguments, stop, None, k, 0, False, **_keys(kv.k))
+        return self._choose(launch, q, kv.k.shape[1], kv.k.arguments, stop, None, k, 0, False, 0.0, None, **_keys(kv.k))
 
     def _choose(
         self,
@@ -94,6 +114,8 @@ class SparseOps(BaseOps):
         k: int,
         local: int,
         sum_logits: bool,
+        least: float,
+        counts: Array | None,
         **constants: int | str,
     ) -> tuple[Array, Array]:
         """Launches a kernel of choice.cuh: file, name, positions of logits, tokens that a block scores at a time."""
@@ -109,8 +131,8 @@ class SparseOps(BaseOps):
         self._launch(
             file, name, (parts, n_head_kv, n_seq), THREADS, *arrays, q, self._on_device(stop),
             *(() if components is None else (components,)), self._counters(n_seq * n_head_kv), logits, runs, sums,
-            ranks, rows, weights, positions, k, local, shared=self._marks(positions), GROUP=n_head // n_head_kv,
-            **constants,
+            ranks, rows, weights, counts, positions, k, local, float(least), shared=self._marks(positions),
+            GROUP=n_head // n_head_kv, **constants,
         )  # fmt: skip
         return rows, weights
 
@@ -137,7 +159,14 @@ class SparseOps(BaseOps):
 
     # -- attention to them ---------------------------------------------------------------------------------------------
     def attend_rows(
-        self, q: Array, kv: KV, rows: Array, stop: np.ndarray, weights: Array | None, mean: Array | None
+        self,
+        q: Array,
+        kv: KV,
+        rows: Array,
+        stop: np.ndarray,
+        weights: Array | None,
+        mean: Array | None,
+        counts: Array | None = None,
     ) -> Array:
         check_ranges(q, kv, stop, stop)
         _check_rows(rows, kv.k)
@@ -149,7 +178,9 @@ class SparseOps(BaseOps):
             if mean.shape != (*kv.v.shape[:2], q.shape[2]):
                 raise ValueError(f"means {mean.shape} do not fit values {kv.v.shape}")
             check_heads(q.shape[2], mean)
-        of = rows, self._on_device(stop), k, kv.k.shape[2], weights, mean
+        if counts is not None:
+            check_counts(counts, *rows.shape[:2])
+        of = rows, self._on_device(stop), k, kv.k.shape[2], weights, mean, counts
         self._attend("gathered.cu", "attend_rows", q, kv, out, k, *of)
         return out
 

@@ -294,10 +294,10 @@ class Ops(Protocol):
         probabilities over the group, or of the logits if sum_logits, the last `local` always among them; weights
         [B, H_q, k] are the probabilities there. NaN in logits counts as -inf.
 
-        With counts int32 [B, H_kv, 3], of these k only the last `local` >= 1 slots stay, and those whose weight is at
-        least `least` on average over the group. They move to the front of their row, in order, and so do their weights;
-        what follows has no meaning. counts[b, h] becomes how many stay, then the sum of that over all calls, and how
-        many calls; where stop[b] = 0 nothing changes.
+        With counts int32 [B, H_kv, 3], if stop[b] > k, only the last `local` >= 1 of these k stay, and those that weigh
+        at least `least`, on average over the group. They move to the front of their row, in order, and so do their
+        weights; what follows has no meaning. counts[b, h] becomes how many stay; then, of all calls with stop[b] > k,
+        the sum of that, and how many they are. Where stop[b] = 0 nothing changes.
         """
 
     def exact_top_k(self, q: Array, kv: KV, stop: IntArray, k: int) -> tuple[Array, Array]:

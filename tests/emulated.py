@@ -99,7 +99,7 @@ class FromHost:
     STAY = frozenset(("allocate", "zeros", "indices", "vector", "matrix", "table", "factor", "angles"))
     FOUND: ClassVar = {  # arguments of int32 that are the device's
         "overwrite": (1, 4), "evict": (1, 6), "argsort": (0,), "take": (0, 1), "copy_rows": (1,), "merge": (1,),
-        "merge_evicted": (1,),
+        "merge_evicted": (1,), "approximate_top_k": (8,), "attend_rows": (6,),
     }  # fmt: skip
 
     def __init__(self, ops: Any):

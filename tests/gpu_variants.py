@@ -32,7 +32,7 @@ from minirt.weights import LayerWeights, Weights
 ARCHS = (61, 75, 80, 87, 90)  # 61: with the wheels of CUDA 12 only
 SHAPES = {"7b": (32, 32, 128), "8b": (32, 8, 128), "smollm2": (9, 3, 64)}  # H_q, H_kv, d
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32", "IQ4_XS", "Q2_K", "Q3_K")
-POLICIES = ("dense", "sparq:k=64", "sparq:k=64:k_index=q4", "topk:k=64", "lm-infinite:budget=256")
+POLICIES = ("dense", "sparq:k=64", "sparq:k=auto:most=64:k_index=q4", "topk:k=64", "lm-infinite:budget=256")
 ALL_STORES = ("dense", "lm-infinite:budget=256")  # on these shapes; the other policies on the smallest one
 LATENTS = {"7b": "latent-f16", "8b": "latent-q4"}
 EIGHT = (64, 8, 128)  # of a larger one, whose groups of eight query heads take the most registers

@@ -304,6 +304,12 @@ def test_whole_models_of_a_file_and_of_a_shape(cli: Cli, tiny: Path, tmp_path: P
     assert [json.loads(line)["same"] for line in result.stdout.splitlines()] == 3 * ["batch"] + 3 * ["memory"]
 
 
+def test_alone_it_says_what_there_is(cli: Cli) -> None:
+    result = cli("bandwidth")
+    assert result.exit_code == 0
+    assert "end-to-end  The time of a token of a whole model." in result.stdout
+
+
 def test_the_machine(cli: Cli) -> None:
     rows = [json.loads(line) for line in cli("bandwidth", "machine", "-t", "1,2", "-o", "jsonl").stdout.splitlines()]
     assert [r["threads"] for r in rows] == [1, 2]

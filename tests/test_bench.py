@@ -299,7 +299,8 @@ def test_policies_side_by_side(cli: Cli, tiny: Path) -> None:
     assert [r["policy_name"] for r in records] == ["dense", "sparq", "lm-infinite", "tova"]
     assert records[0]["policy_parameters"] == {}
     assert records[1]["policy_parameters"] == {
-        "r": 4, "k": 16, "local": None, "reallocate": "auto", "gqa": "sum-prob", "k_index": "f16",
+        "r": 4, "k": 16, "eps": None, "most": None, "local": None, "dense_until": None, "reallocate": "auto",
+        "gqa": "sum-prob", "k_index": "f16",
     }  # fmt: skip
     assert records[3]["policy_parameters"] == {"budget": "1/4", "compress": "oneshot", "per": "layer"}
 

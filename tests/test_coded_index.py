@@ -15,6 +15,7 @@ from kernels_cpu import CpuOps
 from minirt.ops import CODED_BLOCK, CODED_UNIT, KV, CodedIndex
 from minirt.policies import parse_policy
 from minirt.reference.index import decode, decode_index, encode
+from minirt.reference.sparse import keep_heavy
 from minirt.stores import STORES
 
 # store, H_q, H_kv, d
@@ -140,6 +141,24 @@ def test_probabilities_and_the_best(ops: Any, store: str, n_head: int, n_head_kv
             m = min(40, n)
             p = theirs[1][seq, :, :n]
             assert_best(rows[seq, :, :m], weights[seq, :, :m], p, n, min(10, m), sum_logits, rounding(store))
+
+
+def test_heavy_rows(ops: Any) -> None:
+    """Found by codes: the best, without those that weigh too little."""
+    kv, index = empty(ops, "q8_0", 2, 2, 700, 64)
+    for seq, n in enumerate((700, 90)):
+        append(ops, kv, index, seq, 0, keys(n, 2, 64, seed=seq))
+    q, stop, counts = 2 * normal(2, 6, 64), int32(700, 90), np.zeros((2, 2, 3), np.int32)
+    every = [a.copy() for a in ops.approximate_top_k(q, index, stop, 16, 150, 5, False)]
+    rows, weights = ops.approximate_top_k(q, index, stop, 16, 150, 5, False, 0.003, counts)
+    for b, n in enumerate(stop.tolist()):
+        for h in range(2):
+            heads = slice(3 * h, 3 * h + 3)
+            m = keep_heavy(every[0][b, h], every[1][b, heads], n, 5, 0.003)
+            assert counts[b, h].tolist() == ([m, m, 1] if n > 150 else [n, 0, 0])
+            assert 5 < m < 150
+            assert np.array_equal(rows[b, h, :m], every[0][b, h, :m])
+            assert np.array_equal(weights[b, heads, :m], every[1][b, heads, :m])
 
 
 def test_blocks_of_any_size(ops: Any) -> None:

@@ -166,6 +166,16 @@ def test_nothing_is_left_over(ops: Any) -> None:
         assert_same_choice(ops, q, index, index_of(TRUTH, k), int32(n), 9, 20, 2)
 
 
+@pytest.mark.parametrize("k", [1, 40, 300])
+@pytest.mark.parametrize(("store", "n_head", "n_head_kv", "d", "r"), CASES)
+def test_heavy_rows(ops: Any, store: str, n_head: int, n_head_kv: int, d: int, r: int, k: int) -> None:
+    test_sparse_ops.test_heavy_rows(ops, store, n_head, n_head_kv, d, k, 1, 600)
+
+
+def test_heavy_rows_by_codes(ops: Any) -> None:
+    test_coded_index.test_heavy_rows(ops)
+
+
 # -- the index in 4 bits -----------------------------------------------------------------------------------------------
 
 
@@ -261,4 +271,5 @@ def test_in_another_order(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     test_the_best(ops, *CASES[1])
     test_codes(ops, "q8_0", 2, 2, 64, monkeypatch)
     test_whole_keys_and_rows(ops, "f16", 7, 1, 100)
+    test_heavy_rows(ops, *CASES[0], 300)
     test_more_equals_than_are_listed(ops, 5)

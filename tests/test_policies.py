@@ -28,6 +28,8 @@ POLICY_TABLE = {
     "dense": "dense",
     "sparq:r=4:k=12": "sparq:r=4:k={n}",
     "sparq:r=4:k=12:reallocate=on:local=1:gqa=sum-logit": "sparq:r=4:k={n}:reallocate=on",
+    "sparq:r=4:k=auto:eps=0.03:most=12": "sparq:r=4:k=auto:most={n}",
+    "sparq:r=4:k=auto:eps=0.03:most=12:local=2:reallocate=on:gqa=sum-logit": "sparq:r=4:k=auto:eps=0:most={n}",
     "topk:k=12": "topk:k={n}",
     "window:budget=16": "window:budget={n}",
     "streaming:budget=16": "streaming:budget={n}",
@@ -363,7 +365,10 @@ def test_bytes_read_are_what_a_step_touches(spec: str, n: int, device: str) -> N
             size = np.asarray(array).view(np.float32).size
             touched += sum(not np.array_equal(after((name, i)), clean, equal_nan=True) for i in range(size))
     config, policy = plan.config, plan.policy
-    read = policy.bytes_read(config, plan.cache.plan, n + 1)
+    plan.prompt(cut(qkv, 0, n))
+    plan.step(cut(qkv, n, n + 1))
+    read = policy.bytes_touched(plan.ops, config, plan.cache, 0, n + 1)
+    assert read <= policy.bytes_read(config, plan.cache.plan, n + 1)
     held = min(n + 1, 17)
     if isinstance(policy, Evicting):
         read -= 4 * held  # its scores, which are compared with each other only
@@ -373,6 +378,6 @@ def test_bytes_read_are_what_a_step_touches(spec: str, n: int, device: str) -> N
     if spec.startswith("topk"):
         qkv[2][:, n] += 1
         own = row + row * (not np.array_equal(after(), clean))  # its value, if it is among the best
-    if "index" in arrays and n + 1 > policy.k:
+    if "index" in arrays and n + 1 > policy.rows:
         own += 4 * policy.r
     assert 4 * touched + own == read

@@ -26,7 +26,10 @@ COMMANDS = ("chat", "run", "perplexity", "warmup", "bench")
 PARAMETERS = sorted({name for policy in POLICIES.values() for name in parameters(policy)})
 ALL = {
     "dense": (),
-    "sparq": ("--r", 4, "--k", 8, "--local", 2, "--reallocate", "on", "--gqa", "sum-logit", "--k-index", "q4"),
+    "sparq": (
+        "--r", 4, "--k", "auto", "--eps", 0.01, "--most", 8, "--local", 2, "--dense-until", 9, "--reallocate", "on",
+        "--gqa", "sum-logit", "--k-index", "q4",
+    ),
     "topk": ("--k", 8),
     "window": ("--budget", 8),
     "streaming": ("--sinks", 2, "--recent", 8, "--positions", "reindexed"),
@@ -35,7 +38,7 @@ ALL = {
     "tova": ("--budget", "8KiB", "--per", "head", "--compress", "stepwise"),
     "d2o": ("--budget", 10, "--sinks", 2, "--recent", 3, "--beta", 0.5, "--e", 1),
     "d2o-code": ("--budget", 10, "--sinks", 2),
-}
+}  # fmt: skip
 
 
 # -- the flags ---------------------------------------------------------------------------------------------------------
@@ -85,6 +88,8 @@ def loaded_policy(cli: Cli, monkeypatch: pytest.MonkeyPatch, *flags: object) -> 
         (("--policy", "sparq"), "sparq"),
         (("--policy", "sparq", "--r", 16, "--k", 64), "sparq:r=16:k=64"),
         (("--policy", "sparq:r=16:k=64"), "sparq:r=16:k=64"),
+        (("--policy", "sparq", "--k", "auto", "--eps", "0.05", "--most", 256), "sparq:k=auto:eps=0.05:most=256"),
+        (("--policy", "sparq:k=auto"), "sparq:k=auto"),
         (("--k", 64, "--policy", "sparq:r=16"), "sparq:r=16:k=64"),
         (("--policy", "tova", "--budget", "1/8", "--per", "head"), "tova:budget=1/8:per=head"),
         (("--policy=h2o", "--budget=64MiB", "--recent=7"), "h2o:budget=64MiB:recent=7"),
@@ -126,9 +131,19 @@ WRONG = [
     ("topk --k 8 --k-index q4", "--k-index is not a parameter of --policy topk (it has: --k)"),
     ("topk --k 65", "--k 65 is out of range (1 to 64, the context)"),
     ("sparq --r 4 --k 8 --local 9", "--local 9 is out of range (0 to 8, the tokens that are read)"),
+    ("sparq --r 4 --k most", "--k most is not a whole number or auto"),
+    ("sparq --r 4 --k 8 --eps 0.1", "--eps goes with --k auto, not with --k 8"),
+    ("sparq --r 4 --k 8 --most 9", "--most goes with --k auto, not with --k 8"),
+    ("sparq --r 4 --k auto --eps 1.5", "--eps 1.5 is out of range (0 to 1)"),
+    ("sparq --r 4 --k auto --eps nan", "--eps nan is out of range (0 to 1)"),
+    ("sparq --r 4 --k auto --eps few", "--eps few is not a number"),
+    ("sparq --r 4 --k auto --most 65", "--most 65 is out of range (1 to 64, the context)"),
+    ("sparq --r 4 --k auto --most 8 --local 9", "--local 9 is out of range (1 to 8, the tokens that are read)"),
+    ("sparq --r 4 --k auto --local 0", "--local 0 is out of range (1 to 512, the tokens that are read)"),
+    ("topk --k auto", "--k auto is not a whole number"),
     ("sparq --r 4 --k 8 --gqa max", "--gqa max is not one of: sum-prob, sum-logit"),
     ("sparq --r 4 --k 8 --k-index q8", "--k-index q8 is not one of: f16, q4"),
-    ("sparq --r 4 --k 8 --budget 9", "it has: --r, --k, --local, --reallocate, --gqa"),
+    ("sparq --r 4 --k 8 --budget 9", "it has: --r, --k, --eps, --most, --local, --dense-until, --reallocate, --gqa"),
     ("dense --r 4", "--r is not a parameter of --policy dense (it has: none)"),
     ("window --sinks 4", "--sinks is not a parameter of --policy window (it has: --budget)"),
     ("tova --budget 0", "--budget 0 is out of range (8 to 64 tokens, the context)"),

@@ -189,6 +189,39 @@ def test_grouped_heads_choose_together() -> None:
         assert run.step(cut([q, k, v], 3, 4))[0, 0, :, 0].tolist() == [best + 1, best + 1]
 
 
+@pytest.mark.parametrize("device", OPS)
+def test_sparq_reads_what_weighs_enough(device: str) -> None:
+    """Of nine tokens that weigh 4, 3, 1 and, six times, 0.2: those of a tenth, and the newest; what is not read counts
+    as the mean. Then the newest outweighs all others, and stays heavy when the next one weighs nothing."""
+    weights, values = [4, 0.2, 3, 0.2, 0.2, 1, 0.2, 0.2, 0.2, 100, 0.001, 0.001], [5, 0, 7, 0, 0, 2, 0, 0, 0, 30, 9, 9]
+    run = toy_run("sparq:r=16:k=auto:eps=0.1:most=4:local=1:reallocate=on", device)
+    text, config = toy(weights, values), run.config
+    run.prompt(cut(text, 0, 8))
+    for n, read in ((9, [0, 2, 5, 8]), (10, [9]), (11, [9, 10])):
+        out, w, v = said(run.step(cut(text, n - 1, n))), np.array(weights[:n]), np.array(values[:n])
+        alpha = w[read].sum() / w.sum()
+        expected = alpha * (w[read] @ v[read]) / w[read].sum() + (1 - alpha) * v.mean()
+        assert out == pytest.approx(expected, rel=1e-5)
+        assert np.array(run.cache.side["counts"][0])[0, 0].tolist() == [len(read), {9: 4, 10: 5, 11: 7}[n], n - 8]
+    index, row = 16 * 4, 2 * 16 * 4
+    touched = run.policy.bytes_touched(run.ops, config, run.cache, 0, 11)
+    assert touched == pytest.approx(11 * index + index + 7 / 3 * row)  # r = 16: the index of a token, and a mean
+    assert run.policy.bytes_read(config, run.cache.plan, 11) == 11 * index + index + 4 * row
+    assert run.policy.bytes_touched(run.ops, config, run.cache, 0, 4) == 4 * row
+    run.rewind(8)
+    assert not np.array(run.cache.side["counts"][0]).any()
+
+
+def test_d2o_touches_what_its_layers_keep() -> None:
+    run = Run("d2o:budget=16")
+    planned = run.policy.bytes_read(run.config, run.cache.plan, 60)
+    assert run.policy.bytes_touched(run.ops, run.config, run.cache, 0, 60) == planned
+    run.prompt(random_qkv((6, 2, 16), 60))
+    slots = sum(int(limit) + 1 for limit in run.cache.limits[0])
+    each = 2 * (2 * 16 * 4 + 16 * 4 + 4)  # of both heads: a row, the key once more, a score
+    assert run.policy.bytes_touched(run.ops, run.config, run.cache, 0, 60) == slots * each
+
+
 def test_defaults_are_those_of_the_papers() -> None:
     """Which tokens count as new, how D2O and its published code merge, at what distance LM-Infinite sees the first."""
     assert [parse_policy(f"sparq:k={k}").newest for k in (128, 64)] == [32, 16]  # type: ignore[attr-defined]

@@ -12,6 +12,7 @@ from test_ops import NUMBERS, TRUTH, assert_close, normal, rounding
 
 from kernels_cpu import CpuOps
 from minirt.ops import INDEX_BLOCK, INDEX_UNIT, KV
+from minirt.reference.sparse import keep_heavy
 from minirt.stores import STORES
 
 # store, H_q, H_kv, d
@@ -206,6 +207,64 @@ def test_logits_far_apart(ops: Any) -> None:
     rows, weights = ops.approximate_top_k(np.ones((1, 1, 16), np.float32), index, int32(3000), 4, 3, 0, False)
     assert rows[0, 0].tolist() == [0, 1, 2900]
     assert weights[0, 0].tolist() == [0, 0, 1]
+
+
+# -- those of them that weigh enough -----------------------------------------------------------------------------------
+
+
+def test_heavy_rows_by_hand() -> None:
+    """Logits are logarithms: with all 16 components tau is 4, and a query of one component 4 gives the key's."""
+    index, counts = TRUTH.zeros((1, 1, 1, 16, INDEX_UNIT), np.dtype(np.float32)), np.zeros((1, 1, 3), np.int32)
+    weights = [[0.5, 0.06, 0.28, 0.15, 0.01], [0.1, 0.3, 0.04, 0.55, 0.01]]  # .3 .18 .16 .35 .01 on average
+    index[0, 0, 0, :2, :5] = np.log(weights)
+    q = np.zeros((1, 2, 16), np.float32)
+    q[0, [0, 1], [0, 1]] = 4
+    for call, (k, least, kept) in enumerate(
+        [(4, 0.1, [0, 1, 3, 4]), (4, 0.2, [0, 3, 4]), (3, 0.1, [0, 3, 4]), (2, 0.0, [3, 4]), (4, 0.36, [4])]
+    ):
+        if least == 0.36:
+            q[:] = 0  # all weigh 1/5
+        rows, found = TRUTH.approximate_top_k(q, index, int32(5), 16, k, 1, False, least, counts)
+        n = len(kept)
+        assert (rows[0, 0, :n].tolist(), counts[0, 0, 0], counts[0, 0, 2]) == (kept, n, call + 1)
+        assert least == 0.36 or np.allclose(found[0, :, :n], np.array(weights)[:, kept])
+    assert counts[0, 0, 1] == 4 + 3 + 3 + 2 + 1
+    assert TRUTH.approximate_top_k(q, index, int32(5), 16, 5, 1, False, 0.9, counts)[0].tolist() == [[[0, 1, 2, 3, 4]]]
+    assert counts.tolist() == [[[5, 13, 5]]]  # all stay where there are no more than k
+
+
+@pytest.mark.parametrize(("store", "n_head", "n_head_kv", "d"), CASES)
+@pytest.mark.parametrize(("k", "local", "longest"), [(1, 1, 600), (40, 3, 2900), (700, 16, 1500)])
+def test_heavy_rows(
+    ops: Any, store: str, n_head: int, n_head_kv: int, d: int, k: int, local: int, longest: int
+) -> None:
+    """What stays of the best, and attention to it; a sequence with fewer than k, and one with none."""
+    stop, q, mean = int32(longest, 35, 0), 3 * normal(3, n_head, d, seed=k), normal(3, n_head_kv, d, seed=4)
+    kv, index = cached(ops, store, 3, n_head_kv, longest, d)
+    theirs, _ = cached(TRUTH, store, 3, n_head_kv, longest, d)
+    counts, truth = np.zeros((3, n_head_kv, 3), np.int32), np.zeros((3, n_head_kv, 3), np.int32)
+    for sum_logits, least in ((False, 0.004), (True, 0.004), (False, 0.0), (False, 1.0)):
+        every = [a.copy() for a in ops.approximate_top_k(q, index, stop, d // 4, k, local, sum_logits)]
+        rows, weights = (
+            a.copy() for a in ops.approximate_top_k(q, index, stop, d // 4, k, local, sum_logits, least, counts)
+        )
+        for b, n in enumerate(stop[:2].tolist()):
+            for h, heads in enumerate(np.arange(n_head).reshape(n_head_kv, -1)):
+                own, its = every[0][b, h], every[1][b, heads]
+                m = keep_heavy(own, its, n, local, least)
+                assert least or m == min(n, k)
+                truth[b, h] = m, truth[b, h, 1] + m * (n > k), truth[b, h, 2] + (n > k)
+                assert np.array_equal(rows[b, h, :m], own[:m])
+                assert np.array_equal(weights[b, heads, :m], its[:, :m])
+        assert np.array_equal(counts, truth)
+        for blend in ((weights, mean), (None, None)):
+            ours = ops.attend_rows(q, kv, ops.indices(rows), stop, *blend, counts)
+            assert_close(ours, TRUTH.attend_rows(q, theirs, rows, stop, *blend, counts), 2e-6 + rounding(store))
+            assert not ours[2].any()
+    with pytest.raises(ValueError, match="the last is not always among them"):
+        ops.approximate_top_k(q, index, stop, 1, k, 0, False, 0.1, counts)
+    with pytest.raises(ValueError, match="counts"):
+        ops.attend_rows(q, kv, ops.indices(rows), stop, None, None, counts[:2])
 
 
 # -- selection ---------------------------------------------------------------------------------------------------------

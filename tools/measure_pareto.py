@@ -9,6 +9,7 @@ repetition is that task of `minirt eval`. OUTPUT is renewed after each point, an
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,8 @@ POINTS = [  # (policy, KV type)
     *((f"sparq:r={r}:k={k}:k_index=q4", "f16") for r, k in ((16, 64), (16, 128), (32, 128), (32, 256))),
     *(("sparq:r=32:k=128", kv) for kv in ("q8_0", "q4_0")),
     *((f"sparq:r={r}:k={k}:k_index=q4", "q8_0") for r, k in ((16, 64), (16, 128), (32, 256))),
+    *((f"sparq:r={r}:k=auto", "f16") for r in (16, 32)),
+    *((f"sparq:r={r}:k=auto:k_index=q4", "q8_0") for r in (16, 32)),
     *((f"topk:k={k}", "f16") for k in (32, 128)),
     *((f"{name}:budget={budget}", "f16") for name in BOUNDED for budget in BUDGETS),
     *((f"{name}:budget={budget}", "f16") for name, budget in (("tova", "1/16"), ("h2o", "1/5"), ("d2o", "1/5"))),
@@ -45,25 +48,19 @@ EXAMPLES, LENGTH = 16, 1024  # of repetition
 SEEN = range(first_scored(N_CTX) + 1, N_CTX)  # tokens in the cache when the scored ones are predicted
 
 
-def divergence(llama: Llama, windows: np.ndarray, base: np.ndarray) -> dict[str, Any]:
-    """Of the model under its policy; base [steps, windows, n_vocab]."""
-    found = Divergence()
-    for (logits, tokens), log_base in zip(decoded_logits(llama, windows), base, strict=True):
+def measured(llama: Llama, windows: np.ndarray, base: np.ndarray) -> dict[str, Any]:
+    """Divergence under the model's policy from base [steps, windows, n_vocab]; bytes of cache that a step read, on
+    average, and that are held, as shares of dense attention's to float16."""
+    found, read = Divergence(), []
+    for (logits, tokens), log_base in zip(decoded_logits(llama, windows, read), base, strict=True):
         found.add(logits, tokens, log_base)
     numbers = found.statistics()
     names = ("ppl", "ppl_base", "ppl_ratio", "ppl_ratio_error", "kld", "kld_error", "same_top", "same_top_error")
-    return {name: numbers[name] for name in names if name in numbers}
-
-
-def sizes(llama: Llama) -> dict[str, float]:
-    """Cache bytes read by a step, on average, and held, as shares of dense attention's to float16."""
-    config, policy, own = llama.config, llama.decoder.policy, llama.session.cache.plan
-    stores = own.k_store, own.v_store
-    dense = parse_policy("dense")
-    plans = policy.plan(config, N_CTX, *stores), dense.plan(config, N_CTX, *get_stores("f16"))
-    read = sum(policy.bytes_read(config, plans[0], n) for n in SEEN)
-    whole = sum(dense.bytes_read(config, plans[1], n) for n in SEEN)
-    return {"read": read / whole, "held": plans[0].nbytes(config) / plans[1].nbytes(config)}
+    config, dense = llama.config, parse_policy("dense")
+    plan = dense.plan(config, N_CTX, *get_stores("f16"))
+    whole = statistics.fmean(dense.bytes_read(config, plan, n) for n in SEEN)
+    held = llama.session.cache.plan.nbytes(config) / plan.nbytes(config)
+    return {"read": statistics.fmean(read) / whole, "held": held} | {name: numbers[name] for name in names}
 
 
 def repetition(model: str, policy: str, kv: str, threads: int) -> dict[str, float]:
@@ -92,7 +89,7 @@ def main(model: str, text: str, threads: int, output: Path) -> None:
                 if base is None:
                     windows = cut_windows(llama.tokenize(Path(text).read_text()), N_CTX, WINDOWS)
                     base = np.stack([rows.copy() for rows in dense_log_probs(llama, windows)])
-                point = {"policy": policy, "kv": kv, **sizes(llama), **divergence(llama, windows, base)}
+                point = {"policy": policy, "kv": kv, **measured(llama, windows, base)}
                 machine = Machine(llama.decoder.ops, threads)
             point |= repetition(model, policy, kv, threads)
         points[policy, kv] = point | {"commit": commit()}

@@ -8,7 +8,7 @@ bandwidth() { minirt bandwidth "$@" --save "$results"; }
 
 minirt bandwidth machine "$@"
 # SparQ, table 4 and the logs behind it; GQA, which no paper timed; all policies beside each other
-sparq=sparq:r=16:k=64,sparq:r=32:k=128,sparq:r=32:k=128:k_index=q4
+sparq=sparq:r=16:k=64,sparq:r=32:k=128,sparq:r=32:k=128:k_index=q4,topk:k=128
 bandwidth attention --heads 32x128 -d 1024-65536*2 --policy $sparq "$@"
 bandwidth attention --heads 32x128 -b 4,16,64 -d 4096 --policy $sparq "$@"
 bandwidth attention --heads 32/8x128 -d 4096,16384,65536 --policy $sparq "$@"

@@ -25,16 +25,19 @@ if TYPE_CHECKING:
 _HEADS = re.compile(r"(\d{1,4})(?:/(\d{1,4}))?x(\d{1,4})", re.ASCII)
 
 
-@click.group("bandwidth")
-def bandwidth() -> None:
+@click.group("bandwidth", invoke_without_command=True)
+@click.pass_context
+def bandwidth(ctx: click.Context) -> None:
     """Measures what KV policies gain, beside the bytes they move.
 
     Policies are timed in turn with dense attention on the same keys and values. Tables show medians, what was read as a
     share of what the memory can, and the speed-up beside the ratio of the bytes, which is the most it could be.
     """
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
-@bandwidth.command()
+@bandwidth.command(short_help="Memory read and copied per second.")
 @list_option("-t --threads threads", "", "CPU threads.", numbers(1, usable_cpus), "1, and physical cores")
 @click.option("--device", default="auto", metavar="NAME", help="auto, cpu, gpu, or reference.  [default: auto]")
 @click.option(
@@ -53,12 +56,13 @@ def machine(threads: list[int], device: str, output: str) -> None:
 
 
 @bandwidth.command(
+    short_help="Attention alone.",
     epilog="""\b
 Examples:
   minirt bandwidth attention
   minirt bandwidth attention --heads 32x128,32/8x128 -b 1,16 -d 4096-65536*2 --policy sparq:r=32:k=128 --save a.jsonl
   minirt bandwidth attention -d 7168 --heads 9/3x64 --kv f16,q8_0 --policy sparq:r=16:k=128,tova:budget=512
-"""
+""",
 )
 @click.option(
     "--heads", "shapes", multiple=True, default=("32x128",), metavar="N/KVxD,...", callback=names,
@@ -97,6 +101,7 @@ def attention(shapes: tuple[str, ...], common: Common) -> None:
 
 @bandwidth.command(
     "end-to-end",
+    short_help="The time of a token of a whole model.",
     epilog="""\b
 Examples:
   minirt bandwidth end-to-end -d 1024,4096 --policy sparq:r=16:k=128,tova:budget=512
@@ -144,6 +149,7 @@ def end_to_end(
 
 
 @bandwidth.command(
+    short_help="Tokens per second of many sequences.",
     epilog="""\b
 Examples:
   minirt bandwidth throughput -b 4 -d 4096 --policy window:budget=512,tova:budget=512,h2o:budget=512

@@ -64,7 +64,8 @@ class SparseOps:
                 _choose(logits, local, sum_logits, rows[b, h], weights[b, heads])
                 if counts is not None and n:
                     kept = keep_heavy(rows[b, h], weights[b, heads], int(n), local, least)
-                    counts[b, h] = kept, counts[b, h, 1] + kept, counts[b, h, 2] + 1
+                    counts[b, h, 0] = kept
+                    counts[b, h, 1:] += (kept, 1) if n > k else (0, 0)
         return rows, weights
 
     def exact_top_k(self, q: np.ndarray, kv: KV, stop: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -141,11 +142,11 @@ def _choose(logits: np.ndarray, local: int, sum_logits: bool, rows: np.ndarray, 
 
 def keep_heavy(rows: np.ndarray, weights: np.ndarray, stop: int, local: int, least: float) -> int:
     """Of rows [k] of a text of `stop` tokens, the newest and those that weigh enough become the first; how many."""
-    n = min(stop, len(rows))
-    total = weights[:, :n].sum(axis=0)
-    kept = (total >= np.float32(least) * np.float32(len(weights))) | (rows[:n] >= stop - local)
+    if stop <= len(rows):
+        return stop
+    kept = (weights.sum(axis=0) >= np.float32(least) * np.float32(len(weights))) | (rows >= stop - local)
     m = int(kept.sum())
-    rows[:m], weights[:, :m] = rows[:n][kept], weights[:, :n][:, kept]
+    rows[:m], weights[:, :m] = rows[kept], weights[:, kept]
     return m
 
 
