@@ -108,10 +108,9 @@ class BaseOps:
         return self._scratch["counters"]
 
     def _on_device(self, numbers: np.ndarray) -> Array:
-        """Host int32 numbers for a kernel to read. A recorded step has memory of its own for each such array, and reads
-        what the array holds when the step is made again."""
+        """Host int32 numbers for a kernel to read. A recorded step reads what they are when it is made again."""
         if self._recording is not None:
-            return self._recording.number(numbers)
+            return self._recording.place(numbers)
         key = numbers.tobytes(), numbers.shape
         if key not in self._memo:
             if len(self._memo) >= MEMO:
@@ -124,31 +123,35 @@ class BaseOps:
         if not self._recorded_before:
             self._recorded_before = True
             return step(self), None  # type: ignore[arg-type]
-        recording = self._recording = _Recording(self.device)
+        recording, scratch, again = _Recording(self.device), dict(self._scratch), None
         found: list[DeviceArray] = []
         try:
+            self._recording = recording
             run = self.device.capture(lambda: found.append(step(self)))  # type: ignore[arg-type]
+            self._recording = None
+            if run is not None:
+                play = recording.player(run)
+                play()
+                again = play
         finally:
             self._recording = None
-        if run is None:
-            return step(self), None  # type: ignore[arg-type]
-        again = recording.player(run)
-        again()
-        return found[0], again
+            if again is None:
+                self._scratch = scratch  # counters that were made for the recording are not zeros before it is played
+        return (step(self) if again is None else found[0]), again  # type: ignore[arg-type]
 
 
 class _Recording:
-    """Host arrays that the calls of a step were given, and their places on the device."""
+    """Host arrays that the calls of a step were given, and their places on the device, renewed before it is played."""
 
     def __init__(self, device: Device):
         self.device = device
         self.held: list[Any] = []  # scratch, which must live as long as the recorded launches
         self.pairs: dict[int, tuple[np.ndarray, Array]] = {}
 
-    def number(self, numbers: np.ndarray) -> Array:
-        if id(numbers) not in self.pairs:
-            self.pairs[id(numbers)] = numbers, self.device.reserve(numbers.shape, np.int32)
-        return self.pairs[id(numbers)][1]
+    def place(self, host: np.ndarray) -> Array:
+        if id(host) not in self.pairs:
+            self.pairs[id(host)] = host, self.device.empty(host.shape, host.dtype)
+        return self.pairs[id(host)][1]
 
     def player(self, run: Callable[[], None]) -> Callable[[], None]:
         pairs, held, device = list(self.pairs.values()), self.held, self.device

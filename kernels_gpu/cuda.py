@@ -26,6 +26,7 @@ class CudaDevice:
             card.use()
             properties = cupy.cuda.runtime.getDeviceProperties(0)
             self._stream = cupy.cuda.Stream(non_blocking=True)  # of its own: only there launches can be recorded
+            cupy.cuda.nvrtc.getVersion()  # loads it, so that --device auto knows in time that it is missing
         except (RuntimeError, OSError) as e:  # CUDA's, or libraries that CuPy does not find
             raise ModelError(f"--device gpu: {_meaning(e)}") from None
         self.name = properties["name"].decode()
@@ -66,15 +67,24 @@ class CudaDevice:
         self._stream.use()  # of this thread too: every pass through a model begins here
         try:
             return make(*args)
-        except self._cupy.cuda.memory.OutOfMemoryError:
-            free, total = (n / 2**30 for n in self.memory)
-            raise ModelError(
-                f"{self.name} is out of memory ({free:.2f} of {total:.2f} GiB free): a shorter prompt or --ctx, "
-                "--kv q8_0 or a --policy with a budget takes less"
-            ) from None
+        except (RuntimeError, self._cupy.cuda.memory.OutOfMemoryError) as e:
+            raise self._failure(e) from None
+
+    def _failure(self, error: Exception) -> ModelError:
+        """What CUDA says, in a line, and what to do."""
+        if not _is_full(error):
+            return ModelError(f"{self.name}: {_meaning(error)}")
+        free, total = (n / 2**30 for n in self.memory)
+        return ModelError(
+            f"{self.name} is out of memory ({free:.2f} of {total:.2f} GiB free): a shorter prompt or --ctx, "
+            "--kv q8_0 or a --policy with a budget takes less"
+        )
 
     def download(self, array: Array) -> np.ndarray:
-        return self._cupy.asnumpy(array)  # type: ignore[no-any-return]
+        try:
+            return self._cupy.asnumpy(array)  # type: ignore[no-any-return]
+        except RuntimeError as e:  # of a kernel before, too
+            raise self._failure(e) from None
 
     def view(self, array: Array, dtype: Any) -> Array:
         return array.view(dtype)
@@ -98,6 +108,8 @@ class CudaDevice:
                 )
             function = self._modules[key].get_function(name)
         except (self._cupy.cuda.compiler.CompileException, RuntimeError, OSError) as e:  # NVRTC may be missing, too
+            if _is_full(e):
+                raise self._failure(e) from None
             capability = ".".join(map(str, self.capability))
             raise ModelError(
                 f"--device gpu: {file} does not compile for capability {capability}: {_first_error(e)}; "
@@ -105,29 +117,35 @@ class CudaDevice:
             ) from None
 
         def launch(grid: tuple[int, ...], block: tuple[int, ...], *args: Any, shared: int = 0) -> None:
-            if shared > function.max_dynamic_shared_size_bytes:
-                function.max_dynamic_shared_size_bytes = shared
-            function(grid, block, args, shared_mem=shared)
+            try:
+                if shared > function.max_dynamic_shared_size_bytes:
+                    function.max_dynamic_shared_size_bytes = shared
+                function(grid, block, args, shared_mem=shared)
+            except (RuntimeError, self._cupy.cuda.memory.OutOfMemoryError) as e:
+                raise self._failure(e) from None
 
         return launch
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
+        # A pool of its own: what run() drops would else be given to others, and the graph goes on writing there.
+        pool = self._cupy.cuda.MemoryPool()
         try:
-            self._stream.begin_capture()
-            try:
-                run()
-            finally:
-                graph = self._stream.end_capture()
-        except self._cupy.cuda.runtime.CUDARuntimeError:
-            return None  # memory was asked for, which cannot be recorded
+            with self._cupy.cuda.using_allocator(pool.malloc):
+                self._stream.begin_capture()
+                try:
+                    run()
+                finally:
+                    graph = self._stream.end_capture()
+        except (ModelError, RuntimeError):
+            return None
 
-        def launch() -> None:
-            graph.launch(self._stream)
+        def launch(pool: Any = pool) -> None:
+            try:
+                graph.launch(self._stream)
+            except RuntimeError as e:
+                raise self._failure(e) from None
 
         return launch
-
-    def reserve(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        return self.empty(shape, dtype)
 
     def refresh(self, host: np.ndarray, array: Array) -> None:
         array.set(host)
@@ -154,9 +172,14 @@ def _first_error(error: Exception) -> str:
     return next((line for line in lines if "error" in line.lower()), lines[0] if lines else type(error).__name__)
 
 
+def _is_full(error: Exception) -> bool:
+    return "out of memory" in str(error).lower()  # of CuPy's pool, of the driver, which loads kernels, of the runtime
+
+
 def _meaning(error: Exception) -> str:
     """What CUDA says, without its numbers."""
-    text = str(error).partition(": ")[2] or str(error)
+    name, _, says = str(error).partition(": ")
+    text = says if name.lower().startswith("cuda") else str(error)
     return "the driver is too old for this CuPy, or there is none" if "insufficient" in text else text
 
 

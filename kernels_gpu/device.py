@@ -49,10 +49,11 @@ class Device(Protocol):
         """A kernel of a .cu file, compiled with these constants as macros; once for all calls."""
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
-        """Notes the launches that run() makes, without making them; returns what makes them. None if it cannot."""
+        """Notes the launches that run() makes, without making them; returns what makes them. None if it cannot.
 
-    def reserve(self, shape: tuple[int, ...], dtype: Any) -> Array:
-        """Memory for `refresh`, as may be asked for while launches are noted."""
+        run() may ask for memory, which nothing else is given while the result lives, and copy on the device, but wait
+        for nothing and copy nothing from or to the host. What else the launches read and write is the caller's to keep.
+        """
 
     def refresh(self, host: np.ndarray, array: Array) -> None:
         """Copies a host array to its place on the device, before what is launched next."""

@@ -9,7 +9,7 @@ constexpr int SETS = power_from((GROUP + 3) / 4), HEADS = (GROUP + SETS - 1) / S
 constexpr int BLOCK_SETS = SETS < WARPS ? SETS : WARPS, BLOCK_HEADS = BLOCK_SETS * HEADS;
 constexpr int READERS = WARPS / BLOCK_SETS * (WARP / LANES);         // rows that are read side by side
 // Rows on their way to a lane: fewer where they are wide, or where the scores of many heads are written beside.
-constexpr int TOGETHER = K_STORE == F32 || V_STORE == F32 || (SCORES && HEADS > 2) ? 2 : 4;
+constexpr int TOGETHER = (SCORES && HEADS > 2 ? 2 : 4) / (K_STORE == F32 || V_STORE == F32 ? 2 : 1);
 constexpr int READ = READERS * TOGETHER;
 
 // What a lane knows of the softmax of its heads, over the rows that it has read, and of eight sums of each.

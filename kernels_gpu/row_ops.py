@@ -48,7 +48,9 @@ class RowOps(BaseOps):
         return self._table[1]
 
     def angles(self, rope: Rope, pos: np.ndarray) -> Angles:
-        return Angles(self.device.upload(rope.angles(pos)), rope.interleaved, pos)
+        values = rope.angles(pos)
+        on_device = self.device.upload(values) if self._recording is None else self._recording.place(values)
+        return Angles(on_device, rope.interleaved, pos)
 
     def embed(self, table: Matrix, tokens: np.ndarray) -> Array:
         check_tokens(tokens, table.shape[0])

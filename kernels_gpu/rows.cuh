@@ -143,7 +143,7 @@ DEVICE void store_row(const Rows& rows, i64 row, const float* x) {
             if constexpr (STORE == Q8_0) {
                 // max_over leaves NaN out; a scale that is NaN tells of it.
                 scale = __any_sync(ALL, value != value) ? NOT_A_NUMBER : max_over(fabsf(value)) / 127.0f;
-                const float q = value * (scale == 0.0f ? 0.0f : 1.0f / scale);
+                const float q = __fmul_rn(value, scale == 0.0f ? 0.0f : 1.0f / scale);  // never one with what is added
                 if (fabsf(q) <= 127.5f) code = int(q < 0.0f ? q - 0.5f : q + 0.5f);
                 codes[block * BLOCK + lane] = u8(i8(code));
             } else {
@@ -151,7 +151,7 @@ DEVICE void store_row(const Rows& rows, i64 row, const float* x) {
                 const u32 largest = __ballot_sync(ALL, fabsf(value) == high);
                 scale = __shfl_sync(ALL, value, largest ? __ffs(largest) - 1 : 0) / -8.0f;
                 if (__any_sync(ALL, value != value)) scale = NOT_A_NUMBER;
-                const float q = value * (scale == 0.0f ? 0.0f : 1.0f / scale);
+                const float q = __fmul_rn(value, scale == 0.0f ? 0.0f : 1.0f / scale);
                 code = q == q ? min(15, max(0, int(q + 8.5f))) : 8;
                 const int next = __shfl_down_sync(ALL, code, 1);
                 if (lane % 2 == 0) codes[(block * BLOCK + lane) / 2] = u8(code | next << 4);

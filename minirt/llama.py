@@ -88,8 +88,9 @@ class Llama:
         if not MIN_CONTEXT <= n_ctx <= MAX_CONTEXT:
             raise UsageError(f"--ctx {n_ctx} is out of range ({MIN_CONTEXT} to {MAX_CONTEXT})")
         stores = get_stores(kv, config.palu)
-        plan = _checked_plan(chosen, config, n_ctx, *stores)
+        chosen.check(config, n_ctx, *stores)
         ops = _fitting_ops(ops, device, threads, file, config, chosen, n_ctx, stores)
+        plan = _fitting_plan(ops, chosen, config, n_ctx, stores)
         tokenizer = Tokenizer.from_metadata(file.metadata, str(file.path))
         if tokenizer.n_vocab != config.n_vocab:
             raise ModelError(f"{file.path}: {tokenizer.n_vocab} tokens, but embeddings for {config.n_vocab}")
@@ -129,9 +130,11 @@ class Llama:
         """Goes on with another policy and an empty session; the weights stay. UsageError if it does not fit."""
         d, own, chosen = self.decoder, self.session, parse_policy(policy)
         stores = own.cache.plan.k_store, own.cache.plan.v_store
-        plan = _checked_plan(chosen, self.config, own.n_ctx, *stores)
-        self.decoder = Decoder(self.config, d.weights, d.ops, chosen)
-        self.session = Session(self.decoder, self.decoder.new_cache(plan), own.n_ctx, own.weight_bytes)
+        chosen.check(self.config, own.n_ctx, *stores)
+        plan = _fitting_plan(d.ops, chosen, self.config, own.n_ctx, stores)
+        decoder = Decoder(self.config, d.weights, d.ops, chosen)
+        session = Session(decoder, decoder.new_cache(plan), own.n_ctx, own.weight_bytes)
+        self.decoder, self.session = decoder, session
 
     def warm_up(self, policy: str | Policy | None = None) -> None:
         """Compiles the kernels this model needs, or fetches those compiled before: otherwise the first answer does.
@@ -321,7 +324,7 @@ class Llama:
         d, own = self.decoder, self.session
         n_ctx = min(max(n_ctx, MIN_CONTEXT), self.n_ctx)
         plan = self._plan(n_ctx)
-        check_memory(f"a batch of {n} sequences of up to {n_ctx} tokens", plan.nbytes(self.config, n))
+        check_memory(d.ops, f"a batch of {n} sequences of up to {n_ctx} tokens", plan.nbytes(self.config, n))
         cache = d.new_cache(plan, n)
         return [Session(d, cache, self.n_ctx, own.weight_bytes, seq) for seq in range(n)]
 
@@ -370,11 +373,10 @@ def bytes_per_token(weights: Weights) -> int:
     return nbytes
 
 
-def _checked_plan(policy: Policy, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> CachePlan:
-    """What the policy needs; UsageError if it does not fit the model, the context or this machine's memory."""
-    policy.check(config, n_ctx, k_store, v_store)
-    plan = policy.plan(config, n_ctx, k_store, v_store)
-    check_memory(f"--ctx {n_ctx}", plan.nbytes(config))
+def _fitting_plan(ops: Ops, policy: Policy, config: ModelConfig, n_ctx: int, stores: tuple[Store, Store]) -> CachePlan:
+    """What the policy needs; UsageError if it does not fit this machine's memory."""
+    plan = policy.plan(config, n_ctx, *stores)
+    check_memory(ops, f"--ctx {n_ctx}", plan.nbytes(config))
     return plan
 
 
@@ -398,10 +400,9 @@ def _fitting_ops(
     return ops
 
 
-def check_memory(what: str, nbytes: int) -> None:
-    """Raises UsageError if a KV cache of so many bytes is more than this machine's memory."""
-    memory = physical_memory()
-    if nbytes > memory:
+def check_memory(ops: Ops, what: str, nbytes: int) -> None:
+    """Raises UsageError if a KV cache of so many bytes is more than this machine's memory, and lies there."""
+    if nbytes > (memory := physical_memory()) and ops.memory() is None:
         raise UsageError(
             f"{what} needs {nbytes / 2**30:.1f} GiB of KV cache, this machine has {memory / 2**30:.1f} GiB of memory"
         )

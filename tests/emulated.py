@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from cuda_host import HostDevice, missing_compiler
+from cuda_host import HostDevice, missing_compiler, stream
 
 from kernels_cpu import CpuOps
 from kernels_gpu.cuda import CudaDevice
@@ -30,14 +30,14 @@ class EmulatedDevice:
     def __init__(self, seed: int = 0):
         self.host = HostDevice(BUILT, seed)
         self._kernels: dict[Any, Any] = {}
-        self._noted: list[Callable[[], None]] | None = None  # launches, while they are captured
+        self._owned: list[Any] | None = None  # what was asked for while launches are captured
         self.xp = self.host.xp
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return self.xp.empty(shape, dtype)
+        return self._kept(self.xp.empty(shape, dtype))
 
     def zeros(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return self.xp.zeros(shape, dtype)
+        return self._kept(self.xp.zeros(shape, dtype))
 
     def upload(self, array: np.ndarray) -> Any:
         return self.xp.asarray(array)
@@ -50,7 +50,13 @@ class EmulatedDevice:
         return array.view(dtype)
 
     def concatenate(self, arrays: list[Any]) -> Any:
-        return self.xp.concatenate(arrays)
+        return self._kept(self.xp.concatenate(arrays))
+
+    def _kept(self, array: Any) -> Any:
+        """The array, which has memory of the capture's own if one is under way."""
+        if self._owned is not None:
+            self._owned.append(array)
+        return array
 
     def kernel(self, file: str, name: str, **constants: int | str) -> Any:
         key = file, name, *sorted(constants.items())
@@ -60,37 +66,29 @@ class EmulatedDevice:
 
             def launch(grid: Any, block: Any, *args: Any, shared: int = 0) -> None:
                 function.max_dynamic_shared_size_bytes = max(shared, function.max_dynamic_shared_size_bytes)
-                run = functools.partial(function, grid, block, args, shared_mem=shared)
-                if self._noted is None:
-                    run()
-                else:
-                    self._noted.append(run)
+                function(grid, block, args, shared_mem=shared)
 
             self._kernels[key] = launch
         return self._kernels[key]
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
-        noted: list[Callable[[], None]] = []
-        self._noted = noted
+        owned = self._owned = []
         try:
-            run()
+            play = stream.capture(run)
         finally:
-            self._noted = None
+            self._owned = None
 
         def launch() -> None:
-            for each in noted:
-                each()
+            assert owned is not None
+            play()
 
         return launch
-
-    def reserve(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return self.empty(shape, dtype)
 
     def refresh(self, host: np.ndarray, array: Any) -> None:
         array.set(host)
 
     def synchronize(self) -> None:
-        pass
+        stream.refuse("waiting")
 
 
 class FromHost:
@@ -121,6 +119,8 @@ class FromHost:
             if type(x) is np.ndarray and (x.dtype == np.float32 or is_found):
                 moved.append((x, device.upload(np.ascontiguousarray(x))))
                 return moved[-1][1]
+            if type(x) in (list, tuple):
+                return type(x)(map(there, x))
             return x._replace(q=there(x.q)) if isinstance(x, Far) else x
 
         result = getattr(self.ops, name)(

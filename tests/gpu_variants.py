@@ -35,6 +35,8 @@ TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", 
 POLICIES = ("dense", "sparq:k=64", "sparq:k=auto:most=64:k_index=q4", "topk:k=64", "lm-infinite:budget=256")
 ALL_STORES = ("dense", "lm-infinite:budget=256")  # on these shapes; the other policies on the smallest one
 LATENTS = {"7b": "latent-f16", "8b": "latent-q4"}
+EIGHT = (64, 8, 128)  # of a larger one, whose groups of eight query heads take the most registers
+OF_EIGHT = {"h2o:budget=256": "f32", "lm-infinite:budget=256": "f32", "sparq:k=64": "f32", "dense": "q8_0"}
 EVICTING = {"7b": "f32", "8b": "f16", "smollm2": "q8_0"}  # keys and values of shapes that H2O and D2O run on
 Variant = tuple[str, tuple[tuple[str, Any], ...]]  # a file and its constants
 
@@ -52,7 +54,7 @@ class NotingDevice:
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
         return np.zeros(shape, dtype)
 
-    zeros = reserve = empty
+    zeros = empty
 
     def upload(self, array: np.ndarray) -> Any:
         return array
@@ -150,6 +152,10 @@ def variants_of(arch: int) -> dict[Variant, set[str]]:
             run(ops, *low_rank(ops, c, w), "dense", LATENTS[name])
         run(ops, c, w, "h2o:budget=256", EVICTING[name])
         merge(ops, c, EVICTING[name])
+    c = config(*EIGHT)
+    w = weights(ops, c, "Q8_0")
+    for spec, kv in OF_EIGHT.items():
+        run(ops, c, w, spec, kv)
     c = config(4, 4, 64)
     for kind in TYPES:
         for batch in (1, 2, 4, 8) if kind in ("Q4_0", "Q6_K", "F16") else (1, 8):

@@ -6,7 +6,8 @@ import ctypes
 import re
 import struct
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -56,21 +57,33 @@ class Nvrtc:
         self, source: str, arch: int, name_expressions: Sequence[str] = (), options: Sequence[str] = ()
     ) -> Compiled:
         """For compute capability `arch` (75 for 7.5). Raises NvrtcError with the compiler's messages."""
+        with self._program(source, name_expressions, (f"-arch=sm_{arch}", "--ptxas-options=-v", *options)) as program:
+            names = {self._lowered(program, name): name for name in name_expressions}
+            log = self._bytes("ProgramLog", program).decode()
+            used = {names.get(kernel, kernel): r for kernel, r in resources(log).items()}
+            return Compiled(self._bytes("CUBIN", program), used)
+
+    def ptx(self, source: str, arch: int, options: Sequence[str] = ()) -> str:
+        """The instructions that are then assembled for compute capability `arch`."""
+        with self._program(source, (), (f"-arch=compute_{arch}", *options)) as program:
+            return self._bytes("PTX", program).decode()
+
+    @contextmanager
+    def _program(
+        self, source: str, name_expressions: Sequence[str], options: Sequence[str]
+    ) -> Iterator[ctypes.c_void_p]:
+        """Compiled with the flags that CuPy and minirt add."""
         program = ctypes.c_void_p()
         self._call("CreateProgram", ctypes.byref(program), source.encode(), b"kernel.cu", 0, None, None)
         try:
             for name in name_expressions:
                 self._call("AddNameExpression", program, name.encode())
             own = [f"-I{self.headers}"] if self.headers else []
-            flags = [f"-arch=sm_{arch}", "-std=c++17", *own, "--ptxas-options=-v", *options]
+            flags = ["-std=c++17", "-ftz=true", *own, *options]
             argv = (ctypes.c_char_p * len(flags))(*(flag.encode() for flag in flags))
-            failed = self.library.nvrtcCompileProgram(program, len(flags), argv)
-            log = self._bytes("ProgramLog", program).decode()
-            if failed:
-                raise NvrtcError(log)
-            names = {self._lowered(program, name): name for name in name_expressions}
-            used = {names.get(kernel, kernel): r for kernel, r in resources(log).items()}
-            return Compiled(self._bytes("CUBIN", program), used)
+            if self.library.nvrtcCompileProgram(program, len(flags), argv):
+                raise NvrtcError(self._bytes("ProgramLog", program).decode())
+            yield program
         finally:
             self._call("DestroyProgram", ctypes.byref(program))
 

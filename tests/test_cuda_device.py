@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +14,9 @@ import pytest
 
 from kernels_gpu.cuda import CudaDevice
 from minirt.errors import ModelError
+
+FULL = r"Card is out of memory \(3.00 of 8.00 GiB free\): a shorter prompt or"
+NO_NVRTC = "CuPy failed to load libnvrtc.so.13: OSError: libnvrtc.so.13: cannot open shared object file"
 
 
 class FakeRuntimeError(RuntimeError):
@@ -28,6 +34,7 @@ class FakeCompileError(Exception):
 def fake_cupy(**changes: Any) -> Any:
     """One card of capability 9.0 with 8 GiB, of which changes tell otherwise."""
     has = {"count": 1, "capability": (9, 0), "error": "", "compiles": True, "room": True, "captures": True}
+    has |= {"stream": "", "nvrtc": "", "launch": "", "module": ""}
     has |= {"free": 2 << 30, "cached": 1 << 30} | changes
     properties = {"name": b"Card", "major": has["capability"][0], "minor": has["capability"][1]}
     properties |= {"multiProcessorCount": 4, "sharedMemPerBlockOptin": 65536}
@@ -39,32 +46,54 @@ def fake_cupy(**changes: Any) -> Any:
 
     def make(*args: Any) -> np.ndarray:
         if not has["room"]:
-            raise FakeOutOfMemory
+            raise FakeOutOfMemory("Out of memory allocating 512 bytes (allocated so far: 0 bytes).")
+        fake.pools.append(fake.pool)
         return np.zeros(1)
+
+    class Pool:
+        def malloc(self, n: int) -> None: ...
+
+    @contextmanager
+    def using_allocator(malloc: Any) -> Iterator[None]:
+        fake.pool = weakref.ref(malloc.__self__)
+        yield
+        fake.pool = None
+
+    def failing(name: str, result: Any) -> Any:
+        if has[name]:
+            raise FakeRuntimeError(has[name])
+        return result
 
     def get_function(name: str) -> Any:
         if not has["compiles"]:
             raise FakeCompileError("in file\nproducts.cu(3): error: no such instruction\n")
-        found = SimpleNamespace(max_dynamic_shared_size_bytes=49152, calls=[])
-        fake.functions.append(found)
-        return lambda grid, block, args, shared_mem: found.calls.append((grid, block, args, shared_mem))
+        return failing("module", Function())
+
+    class Function:
+        max_dynamic_shared_size_bytes = 49152
+
+        def __call__(self, grid: Any, block: Any, args: Any, shared_mem: int) -> None:
+            failing("launch", None)
 
     def begin() -> None:
         if not has["captures"]:
             raise FakeRuntimeError("cudaErrorStreamCaptureUnsupported: no")
 
-    graph = SimpleNamespace(launch=lambda stream: fake.launches.append(stream))
+    graph = SimpleNamespace(launch=lambda stream: failing("launch", None))
     stream = SimpleNamespace(use=lambda: None, begin_capture=begin, end_capture=lambda: graph)
     runtime = SimpleNamespace(
         CUDARuntimeError=FakeRuntimeError, getDeviceCount=count, getDeviceProperties=lambda i: properties,
         memGetInfo=lambda: (has["free"], 8 << 30), driverGetVersion=lambda: 13010,
     )  # fmt: skip
     fake = SimpleNamespace(
-        functions=[], launches=[], empty=make, zeros=make, asarray=make, concatenate=make,
+        pool=None, pools=[], empty=make, zeros=make, asarray=make, concatenate=make,
+        asnumpy=lambda array: failing("launch", array),
         get_default_memory_pool=lambda: SimpleNamespace(free_bytes=lambda: has["cached"]),
         RawModule=lambda **options: SimpleNamespace(get_function=get_function),
         cuda=SimpleNamespace(
-            runtime=runtime, Device=lambda i: SimpleNamespace(use=lambda: None), Stream=lambda non_blocking: stream,
+            runtime=runtime, Device=lambda i: SimpleNamespace(use=lambda: None), MemoryPool=Pool,
+            Stream=lambda non_blocking: failing("stream", stream), using_allocator=using_allocator,
+            nvrtc=SimpleNamespace(getVersion=lambda: failing("nvrtc", (13, 0))),
             memory=SimpleNamespace(OutOfMemoryError=FakeOutOfMemory),
             compiler=SimpleNamespace(CompileException=FakeCompileError),
         ),
@@ -97,6 +126,9 @@ def test_what_a_card_is(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"error": "cudaErrorNoDevice: no CUDA-capable device is detected"}, "no CUDA-capable device is detected"),
         ({"capability": (5, 2)}, "Card has compute capability 5.2, minirt needs 6.1 or newer"),
+        ({"stream": "cudaErrorMemoryAllocation: out of memory"}, "--device gpu: out of memory"),
+        ({"stream": "cudaErrorDevicesUnavailable: CUDA-capable device(s) is/are busy"}, "is/are busy"),
+        ({"nvrtc": NO_NVRTC}, NO_NVRTC),
     ],
 )
 def test_no_such_card(monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], says: str) -> None:
@@ -113,8 +145,39 @@ def test_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: device.concatenate([]),
         lambda: device.upload(np.ones(1)),
     ):
-        with pytest.raises(ModelError, match=r"Card is out of memory \(3.00 of 8.00 GiB free\): a shorter prompt or"):
+        with pytest.raises(ModelError, match=FULL):
             call()
+
+
+def test_out_of_memory_of_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When they are loaded, and when they are launched."""
+    full = "CUDA_ERROR_OUT_OF_MEMORY: out of memory"
+    with pytest.raises(ModelError, match=FULL):
+        open_device(monkeypatch, module=full).kernel("cache.cu", "append", HEAD_DIM=64)
+    with pytest.raises(ModelError, match=FULL):
+        open_device(monkeypatch, launch=full).kernel("cache.cu", "append", HEAD_DIM=64)((1,), (1,), shared=1 << 16)
+
+
+def test_a_kernel_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is found out by whoever asks the card next."""
+    device = open_device(monkeypatch, launch="CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered")
+    again = device.capture(lambda: None)
+    assert again is not None
+    for call in (lambda: device.kernel("cache.cu", "append")((1,), (1,)), lambda: device.download(None), again):
+        with pytest.raises(ModelError, match=r"^Card: an illegal memory access was encountered$"):
+            call()
+
+
+def test_memory_of_a_recording_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And of nobody else, as long as it may be played."""
+    device = open_device(monkeypatch)
+    launch = device.capture(lambda: [device.empty((1,), np.int8) for _ in range(2)].clear())
+    device.empty((1,), np.int8)
+    first, second, after = device._cupy.pools
+    assert after is None
+    assert first() is second() is not None
+    del launch
+    assert first() is None
 
 
 def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:

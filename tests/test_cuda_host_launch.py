@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from cuda_bench import Bench
-from cuda_host import BuildError, HostDevice, KernelError
+from cuda_host import BuildError, HostDevice, KernelError, StreamError, stream
 
 
 @pytest.fixture
@@ -116,3 +116,43 @@ def test_an_array_may_be_a_view_and_known_by_its_address(bench: Bench) -> None:
     other = bench.ints(10)
     function((1,), (10,), (base[5:15], np.uint64(other.data.ptr)))
     assert np.array_equal(other.get(), -np.arange(10))
+
+
+def test_captured_work_is_done_when_it_is_played(bench: Bench) -> None:
+    function, a, b = bench("a[t] += 1;"), bench.ints(4), bench.xp.asarray(np.arange(4, dtype=np.int32))
+    before = a.get()
+
+    def work() -> None:
+        a[...] = b
+        function((1,), (4,), (a,))
+        b[1:] = 7
+
+    play = stream.capture(work)
+    assert np.array_equal(a.get(), before)
+    play()
+    assert (a.get().tolist(), b.get().tolist()) == ([1, 2, 3, 4], [0, 7, 7, 7])
+    play()
+    assert a.get().tolist() == [1, 8, 8, 8]
+
+
+def test_captured_work_keeps_no_memory(bench: Bench) -> None:
+    function, arrays = bench("a[t] += 1;"), [bench.ints(4)]
+    play = stream.capture(lambda: function((1,), (3,), (arrays[0][1:],)))
+    arrays[0] = arrays[0][2:3]  # a view, which keeps it
+    play()
+    arrays.clear()
+    with pytest.raises(StreamError, match="memory that was freed"):
+        play()
+
+
+def test_a_capture_waits_for_nothing(bench: Bench) -> None:
+    a, many = bench.ints(4), [bench.ints(1) for _ in range(9)]
+    calls = a.get, lambda: a.set(np.ones(4, np.int32)), lambda: bench.xp.asarray(np.ones(4)), lambda: a + a
+    for call in (*calls, lambda: bench.xp.concatenate(many)):
+        with pytest.raises(StreamError, match="while a stream is captured"):
+            stream.capture(call)
+    with pytest.raises(TypeError, match="Unsupported type"):
+        a[...] = np.ones(4, np.int32)
+    with pytest.raises(TypeError, match="Only cupy arrays"):
+        bench.xp.concatenate([np.ones(2), np.ones(2)])
+    assert len(bench.xp.concatenate(many)) == 9

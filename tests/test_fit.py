@@ -96,6 +96,25 @@ def test_a_card_that_nobody_asked_for_is_left_alone_if_it_is_too_small(
         assert llama.decoder.ops.name == "cpu"
 
 
+def test_memory_of_the_host_is_for_its_own_devices(
+    card: EmulatedDevice, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card may have more."""
+    from minirt import Llama
+
+    monkeypatch.setattr("minirt.llama.physical_memory", lambda: 1)
+    with Llama.load(tiny, device="gpu") as llama:
+        llama.set_policy("window:budget=32")
+        assert len(llama.generate([[1], [2]], max_tokens=1)) == 2
+        monkeypatch.setattr(llama.decoder.ops, "memory", lambda: None)
+        with pytest.raises(UsageError, match="of KV cache, this machine has"):
+            llama.set_policy("dense")
+        assert llama.decoder.policy.name == "window"
+    for device in ("cpu", "reference"):
+        with pytest.raises(UsageError, match="of KV cache, this machine has"):
+            Llama.load(tiny, device=device)
+
+
 def test_no_card(cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def none() -> None:
         raise ModelError("--device gpu: no NVIDIA card was found")

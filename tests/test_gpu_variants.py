@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from gpu_variants import ARCHS, resources, variants_of
+from nvrtc import nvrtc_for
 
 import kernels_gpu
+from kernels_gpu.device import source_of
 
 # On 8.0 and 8.7 the sources are what they are on 9.0, and only the compiler's choice of registers differs: files whose
 # launch bounds leave little room stand for all.
@@ -27,6 +29,18 @@ def test_what_differs_is_compiled() -> None:
     """No source tells cards of capability 8.0 or newer apart."""
     text = "".join(path.read_text() for path in Path(kernels_gpu.__file__).parent.glob("*.cu*"))
     assert max(map(int, re.findall(r"__CUDA_ARCH__ (?:<|>=) (\d+)", text))) <= 10 * min(FILES)
+
+
+@pytest.mark.parametrize("store", ["Q8_0", "Q4_0"])
+def test_codes_are_rounded_after_they_are_scaled(store: str) -> None:
+    """As in the reference: a product and a sum in one, which the compiler makes where it may, is another code at times.
+    Emulated kernels would not show that."""
+    if not (nvrtc := nvrtc_for(90)):
+        pytest.skip("no NVRTC for sm_90 (nvidia-cuda-nvrtc from PyPI brings one)")
+    constants = {"HEAD_DIM": 64, "K_STORE": store, "V_STORE": store, "K_ROTATED": 0, "V_ROTATED": 0}
+    ptx = nvrtc.ptx(source_of("cache.cu"), 90, [f"-D{name}={value}" for name, value in constants.items()])
+    assert "mul.rn.ftz.f32" in ptx
+    assert "fma." not in ptx
 
 
 def test_sources_are_in_the_wheel() -> None:

@@ -34,7 +34,7 @@ from minirt.decoder import Decoder  # noqa: E402
 from minirt.errors import ModelError, UsageError  # noqa: E402
 from minirt.policies import Dense  # noqa: E402
 
-TESTS = ("test_ops", "test_sparse_ops", "test_eviction_ops", "test_gpu_decoder")
+TESTS = ("test_ops", "test_sparse_ops", "test_eviction_ops", "test_gpu_decoder", "test_gpu_card")
 ON_CARD = "gpu and not emulated"  # of their cases
 ATTENTION = [
     (64, 4096, ">= 5.0x"), (64, 16384, ""), (16, 4096, ""), (1, 4096, ""), (1, 16384, ">= 1.5x"), (1, 65536, ">= 3x"),

@@ -17,8 +17,12 @@ from pathlib import Path
 from .arrays import Cupy, DeviceArray
 from .build import BuildError, build, missing_compiler
 from .module import Function, KernelError, Module
+from .stream import StreamError, stream
 
-__all__ = ["BuildError", "DeviceArray", "Function", "HostDevice", "KernelError", "Module", "missing_compiler"]
+__all__ = [
+    "BuildError", "DeviceArray", "Function", "HostDevice", "KernelError", "Module", "StreamError", "missing_compiler",
+    "stream",
+]  # fmt: skip
 
 
 class HostDevice:

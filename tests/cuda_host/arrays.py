@@ -1,19 +1,25 @@
 """The part of CuPy that launchers of kernels need, on NumPy: arrays of a device that is the CPU.
 
-As with CuPy, data goes to the device by asarray, array or set and comes back by asnumpy or get; arithmetic between the
-two sorts is a TypeError. Memory of `empty` is filled with a pattern that is NaN in every type of float.
+As with CuPy, data goes to the device by asarray, array or set and comes back by asnumpy or get, neither of them while a
+stream is captured; arithmetic between the two sorts is a TypeError. Memory of `empty` is filled with a pattern that is
+NaN in every type of float.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from .stream import stream
+
 ALIGNMENT = 512  # bytes, as CuPy's memory pool gives
 PATTERN = 0xFF
+TOGETHER = 8  # arrays that CuPy concatenates by a copy of each
 
 exposed: dict[int, weakref.ref[np.ndarray]] = {}  # arrays whose address was asked for, by id
 
@@ -37,7 +43,13 @@ class DeviceArray(np.ndarray):
         return asnumpy(self)
 
     def set(self, values: np.ndarray) -> None:
-        self[...] = np.asarray(values).reshape(self.shape).view(DeviceArray)
+        stream.refuse("a copy from the host")
+        self.view(np.ndarray)[...] = np.asarray(values).reshape(self.shape)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        if type(value) is np.ndarray:
+            raise TypeError(f"Unsupported type {type(value)}: an array of the host for one of the device")
+        stream.do(_assign, self, index, value)
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **kwargs: Any) -> Any:
         for x in (*inputs, *(kwargs.get("out") or ())):
@@ -48,6 +60,10 @@ class DeviceArray(np.ndarray):
             kwargs["out"] = tuple(x.view(np.ndarray) for x in out)
         result = getattr(ufunc, method)(*plain, **kwargs)
         return out[0] if out else on_device(result)
+
+
+def _assign(target: DeviceArray, index: Any, value: Any) -> None:
+    target.view(np.ndarray)[index] = value
 
 
 class Cupy:
@@ -104,8 +120,22 @@ class Cupy:
         a = cls.asarray(a, dtype)
         return a if a.flags.c_contiguous else cls.array(a)
 
+    @classmethod
+    def concatenate(cls, arrays: Sequence[Any], axis: int = 0) -> DeviceArray:
+        if not all(isinstance(a, DeviceArray) for a in arrays):
+            raise TypeError("Only cupy arrays can be concatenated")
+        if len(arrays) > TOGETHER:
+            stream.refuse(f"concatenating {len(arrays)} arrays, whose addresses are copied from the host,")
+        sizes = [a.shape[axis] for a in arrays]
+        shape = (*arrays[0].shape[:axis], sum(sizes), *arrays[0].shape[axis + 1 :])
+        out = cls.empty(shape, np.result_type(*(a.dtype for a in arrays)))
+        for a, end in zip(arrays, itertools.accumulate(sizes), strict=True):
+            out[(slice(None),) * axis + (slice(end - a.shape[axis], end),)] = a
+        return out
+
     @staticmethod
     def asnumpy(a: Any) -> np.ndarray:
+        stream.refuse("a copy to the host")
         return np.array(a)
 
 

@@ -17,6 +17,7 @@ from numpy.lib.array_utils import byte_bounds
 from .arrays import DeviceArray, exposed
 from .build import DYNAMIC, DYNAMIC_BYTES, HERE
 from .elf import ALLOCATED, EXECUTED, OBJECT, THREAD_LOCAL, TLS, Elf
+from .stream import stream
 
 GLOBAL, CONSTANT, SHARED = range(3)  # kinds of memory
 KINDS = {"p": "pointer", "c": "pointer to const", "i": "int", "u": "unsigned", "f": "float", "s": "struct"}
@@ -106,6 +107,9 @@ class Function:
                 f"{self.name}: {shared_mem} bytes of dynamic shared memory, "
                 f"max_dynamic_shared_size_bytes is {self.max_dynamic_shared_size_bytes}"
             )
+        stream.do(self._run, grid, block, shared_mem, *args)
+
+    def _run(self, grid: Sequence[int], block: Sequence[int], shared_mem: int, *args: Any) -> None:
         buffers = self.pack(args)
         pointers = (ctypes.c_void_p * (len(buffers) + 1))(*(ctypes.addressof(b) for b in buffers))
         dynamic = [Region(self.module.dynamic, self.module.dynamic + shared_mem, b"dynamic shared memory", SHARED)]

@@ -1,0 +1,100 @@
+"""Steps that are recorded on a card: what they read is renewed, and what they write is theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cuda_host import stream
+from emulated import EmulatedDevice, emulated_ops
+from make_palu import make_palu
+from test_gpu_decoder import far_from
+
+from kernels_gpu.ops import GpuOps
+from minirt import Llama
+
+STEPS = [*range(4, 22)]
+
+
+@pytest.fixture(scope="module")
+def gpu() -> GpuOps:
+    ops: GpuOps = emulated_ops().ops
+    return ops
+
+
+@pytest.fixture
+def captures(gpu: GpuOps, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was captured, or None where that failed."""
+    found, capture = [], gpu.device.capture
+
+    def noted(run: Callable[[], None]) -> Any:
+        found.append(None)
+        found[-1] = capture(run)
+        return found[-1]
+
+    monkeypatch.setattr(gpu.device, "capture", noted)
+    return found
+
+
+@pytest.mark.parametrize("latent", [False, True])
+@pytest.mark.parametrize("policy", ["lm-infinite:budget=12:sinks=4", "streaming:budget=12:sinks=4:positions=reindexed"])
+def test_turns_are_renewed(
+    gpu: GpuOps, captures: list[Any], monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path, policy: str,
+    latent: bool,
+) -> None:  # fmt: skip
+    """From the first tokens, which become sinks, to those that lose sight of them."""
+    path = make_palu(tiny, tmp_path / "model.gguf", 2, latent="f16") if latent else tiny
+    with monkeypatch.context() as m:
+        m.setattr("minirt.llama.open_ops", lambda *args: gpu)
+        card = Llama.load(path, policy=policy, kv="auto" if latent else "f32")
+    with card, Llama.load(path, policy=policy, kv="auto" if latent else "f32", device="reference") as truth:
+        for session in (card.session, truth.session):
+            session.feed([1, 2])
+        for token in STEPS:
+            assert far_from(card.session.step(token), truth.session.step(token)) < (8e-3 if latent else 1e-3)
+    assert None not in captures
+    assert len(captures) < len(STEPS) / 2  # the last ones are the same, again and again
+
+
+def test_steps_of_many_sequences(gpu: GpuOps, captures: list[Any], monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    """More than have scratch: memory that a step asks for is its own."""
+    found = []
+    monkeypatch.setattr("minirt.llama.open_ops", lambda *args: gpu)
+    for record in (gpu.record, lambda step: (step(gpu), None)):
+        monkeypatch.setattr(gpu, "record", record)
+        with Llama.load(tiny, kv="f32") as card:
+            decoder = card.decoder
+            cache = decoder.new_cache(card.session.cache.plan, 9)
+            for seq in range(9):
+                decoder.prefill(cache, [seq + 1, 5], seq, logits="none")
+            found.append([decoder.decode(cache, [*range(i, i + 9)]) for i in range(4)])
+    assert len(captures) == 1
+    assert np.array_equal(*found)
+
+
+def test_counters_of_a_step_that_cannot_be_recorded(gpu: GpuOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are zeros, though what made them so was captured and never done."""
+    found: list[Any] = []
+
+    def capture(run: Callable[[], None]) -> None:
+        stream.capture(run)
+
+    def step(ops: Any) -> Any:
+        found.append(ops._counters(1 << 12))
+        return found[-1]
+
+    monkeypatch.setattr(gpu, "_recorded_before", True)
+    monkeypatch.setattr(gpu.device, "capture", capture)
+    assert gpu.record(step)[1] is None
+    assert not gpu.device.download(found[-1]).any()
+
+
+def test_what_a_capture_may_not_do() -> None:
+    device = EmulatedDevice()
+    a = device.upload(np.arange(3.0, dtype=np.float32))
+    for call in (lambda: device.upload(np.ones(1)), lambda: device.download(a), device.synchronize):
+        with pytest.raises(RuntimeError, match="while a stream is captured"):
+            device.capture(call)
