@@ -55,8 +55,8 @@ def frontier(rows: Rows, quality: Quality) -> str:
     for row in rows.find(benchmark="attention", batch=1):
         if row["depth"] in (8192, 16384) and row["model"] == MHA:
             name = row["policy"].partition(":")[0]
-            for key in (name, f"{name} {row['kv']}") if row["kv"] == "f16" else (f"{name} {row['kv']}",):
-                reach[key] = round(row["percent_of_memory"] / 100, 3)
+            key = name if row["kv"] == "f16" else f"{name} {row['kv']}"
+            reach[key] = round(row["percent_of_memory"] / 100, 3)
     short = min(
         (r for r in rows.find(benchmark="end-to-end", policy="dense") if ".gguf" in r["model"]),
         key=lambda r: r["depth"],
@@ -96,6 +96,7 @@ def report(rows: Rows, quality: Quality) -> str:
         real=tables.real(rows, quality),
         throughput=tables.throughput(rows, quality),
         palu=tables.palu(),
+        adaptive=tables.adaptive(),
         by_read=tables.pareto(quality, "read"),
         by_held=tables.pareto(quality, "held"),
     )

@@ -105,10 +105,11 @@ def batches(rows: Rows) -> str:
     for (n_seq, depth), (a100, a10g) in SPARQ_GPU.items():
         dense = rows.one(**own, batch=n_seq, depth=depth, policy="dense")
         sparse = rows.one(**own, batch=n_seq, depth=depth, policy=SPARSE)
-        lines.append([
-            str(n_seq), str(depth), "-" if dense is None else ms(dense["ms"]), "-" if sparse is None else gain(sparse),
-            times(a100[0] / a100[1]), "-" if a10g is None else times(a10g[0] / a10g[1]),
-        ])  # fmt: skip
+        if dense is not None and sparse is not None:
+            lines.append([
+                str(n_seq), str(depth), ms(dense["ms"]), gain(sparse),
+                times(a100[0] / a100[1]), "-" if a10g is None else times(a10g[0] / a10g[1]),
+            ])  # fmt: skip
     return table("B | S | dense ms | r=32 k=128 | authors, A100 | authors, A10G", lines)
 
 
@@ -124,7 +125,8 @@ def grouped(rows: Rows) -> str:
 
 
 def policies(rows: Rows, quality: Quality) -> str:
-    found = rows.find(benchmark="attention", model=MHA, batch=1, kv="f16", depth=8192)
+    every = rows.find(benchmark="attention", model=MHA, batch=1, kv="f16", depth=8192)
+    found = {row["policy"]: row for row in every}.values()
     lines = [
         [
             f"`{r['policy']}`", ms(r["ms"]), f"{r['percent_of_memory']:.0f} %", gain(r),
@@ -221,6 +223,19 @@ def palu() -> str:
         for kv, row in data["caches"].items()
     ]
     return table("kv | ms a layer | over f16 | paper, RTX 4090, 64k", lines)
+
+
+def adaptive() -> str:
+    """Rows for each head by their weight, beside as many for all: sorted by the bytes."""
+    found = json.loads((RESULTS / "adaptive_k.json").read_text())["policies"]
+    lines = [
+        [
+            f"`{policy}`", f"{row['kv_bytes_read'] / 2**20:.2f}", f"{row['kld']:.4f} ± {row['kld_error']:.4f}",
+            f"{100 * row['same_top']:.1f} %",
+        ]
+        for policy, row in sorted(found.items(), key=lambda item: item[1]["kv_bytes_read"])
+    ]  # fmt: skip
+    return table("policy | MiB read for a token | KL divergence | same token", lines)
 
 
 # -- quality over bytes ------------------------------------------------------------------------------------------------
