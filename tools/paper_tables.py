@@ -48,13 +48,27 @@ class Quality:
 
     def of(self, policy: str, kv: str = "f16") -> str:
         """Divergence, same most likely token, and repetition as a share of dense; a dash if it was not measured."""
-        name = policy.replace("reallocate=on", "").rstrip(":")
-        name = resolve(name, self.data["n_ctx"], 128)
+        numbers = self._numbers(policy, kv)
+        return " / ".join(numbers) if numbers else "-"
+
+    def sentence(self, policy: str) -> str:
+        """The same in words."""
+        numbers = self._numbers(policy, "f16")
+        if not numbers:
+            return "Quality was not measured."
+        kld, same, repeated = numbers
+        return (
+            f"Quality of the same r and k on SmolLM2-135M, over windows of {self.data['n_ctx']} tokens: KL divergence "
+            f"{kld}, same most likely token {same}, repetition {repeated} of dense."
+        )
+
+    def _numbers(self, policy: str, kv: str) -> tuple[str, ...]:
+        name = resolve(policy, self.data["n_ctx"], 128)
         for point in self.points:
             if (point["policy"], point["kv"]) == (name, kv):
                 repeated = point["repetition"] / self.dense["repetition"]
-                return f"{point['kld']:.3f} / {100 * point['same_top']:.0f} % / {100 * repeated:.0f} %"
-        return "-"
+                return f"{point['kld']:.3f}", f"{100 * point['same_top']:.0f} %", f"{100 * repeated:.0f} %"
+        return ()
 
 
 def table(head: str, rows: Iterable[Sequence[str]]) -> str:
@@ -176,7 +190,7 @@ def models(rows: Rows, quality: Quality, model: str, policy: str, paper: dict[in
     head = (
         "S | ms, dense / sparse | over byte limit | speed-up of theory | 32 layers: ms | ... speed-up of theory | paper"
     )
-    return f"Quality: {quality.of(policy)}.\n\n{table(head, lines)}"
+    return f"{quality.sentence(policy)}\n\n{table(head, lines)}"
 
 
 def real(rows: Rows, quality: Quality) -> str:
