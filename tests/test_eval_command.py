@@ -132,7 +132,7 @@ def test_tiny_without_flags_of_length(cli: Cli, tiny: Path, small: list[Path]) -
         (["--task", "qa"], 1, "qa: needs "),
         (["--save", "no/where.jsonl"], 1, "no/where.jsonl: cannot write: No such file or directory"),
         (["--save", "text.txt"], 1, "text.txt: line 1 is no result of minirt eval"),
-        (["--save", "."], 1, ".: cannot write: Is a directory"),
+        (["--save", "."], 1, ".: not a regular file"),
         (["--plot", "no/where.png"], 1, "no/where.png: cannot write"),
         (["--plot", "."], 1, ".: cannot write"),
     ],
