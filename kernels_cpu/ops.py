@@ -24,7 +24,8 @@ from minirt.checks import (
 from minirt.config import ModelConfig
 from minirt.gguf_file import Tensor, release
 from minirt.ops import KV, Array, Far, Ops
-from minirt.rope import Angles, Rope
+from minirt.rope import Angles, Rope, host_angles
+from minirt.sampling import most_likely
 from minirt.stores import STORES, Latents, LatentStore, Store
 
 from . import attention, kernels
@@ -155,7 +156,7 @@ class CpuOps(EvictionOps, LatentOps, SparseOps):
     def embed(self, table: Table, tokens: np.ndarray) -> np.ndarray:
         check_tokens(tokens, table.shape[0])
         out = np.empty((len(tokens), table.shape[1]), np.float32)
-        kernels.gather_rows(table.rows, tokens, out)
+        self._run(kernels.gather_rows, table.rows, tokens, out)
         return out
 
     def qkv(
@@ -215,7 +216,10 @@ class CpuOps(EvictionOps, LatentOps, SparseOps):
     def logits(self, x: np.ndarray, norm: np.ndarray, eps: float, matrix: PanelMatrix) -> np.ndarray:
         check_product(x, norm, matrix)
         out = self._norm_products(x, norm, eps, matrix).out[:, : matrix.shape[0]]
-        return np.array(out) if len(x) <= FEW_ROWS else out
+        return np.array(out) if len(x) <= FEW_ROWS and self._tape is None else out
+
+    def most_likely(self, logits: np.ndarray) -> np.ndarray:
+        return most_likely(logits)
 
     def record(self, step: Callable[[Ops], Array]) -> tuple[Array, Callable[[], None] | None]:
         self._tape = tape = Tape()
@@ -226,8 +230,8 @@ class CpuOps(EvictionOps, LatentOps, SparseOps):
         tape.end()
         return result, functools.partial(self._crew.play, tape.play) if tape.whole else None
 
-    def angles(self, rope: Rope, pos: np.ndarray) -> Angles:
-        return Angles(rope.angles(pos), rope.interleaved, pos)
+    def angles(self, rope: Rope, pos: np.ndarray, out: Angles | None = None) -> Angles:
+        return host_angles(rope, pos, out)
 
     def allocate(self, store: Store, shape: tuple[int, int, int, int], factor: Any = None) -> Any:
         if isinstance(store, LatentStore):
@@ -416,8 +420,9 @@ class _Recorded:
     """The ops as a step that is recorded sees them: a tape is not whole after an op that is not one of these."""
 
     OPS = frozenset((
-        "qkv", "add_linear", "feed_forward", "append", "attend", "attend_weights", "overwrite", "evict", "merge",
-        "rotate", "angles", "append_index", "approximate_top_k", "exact_top_k", "attend_rows", "add_rows",
+        "embed", "qkv", "add_linear", "feed_forward", "logits", "append", "attend", "attend_weights", "overwrite",
+        "evict", "merge", "rotate", "angles", "append_index", "approximate_top_k", "exact_top_k", "attend_rows",
+        "add_rows",
     ))  # fmt: skip
 
     def __init__(self, ops: CpuOps):

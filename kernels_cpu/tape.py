@@ -106,6 +106,11 @@ def _play(calls):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _gather_rows(place, *args):  # type: ignore[no-untyped-def]
+    return _prepare(kernels.gather_rows, args, place)
+
+
+@kernel
 def _norm_products(place, *args):  # type: ignore[no-untyped-def]
     return _prepare(kernels.norm_products, args, place)
 
@@ -236,6 +241,7 @@ def _merge(place, *args):  # type: ignore[no-untyped-def]
 
 
 _PREPARE = {
+    kernels.gather_rows: _gather_rows,
     kernels.norm_products: _norm_products,
     kernels.finish_qkv: _finish_qkv,
     kernels.copy_columns: _copy_columns,

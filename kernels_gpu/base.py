@@ -18,6 +18,7 @@ from .latent_rows import allocate_latents
 from .rows import Rows, allocate_rows
 
 COPY_BYTES, COPIES = 1 << 30, 12
+ATTEMPTS = 3  # to record a step; a card that fails as often makes every step anew
 MEMO = 64  # small index arrays that stay on the device
 
 
@@ -30,6 +31,7 @@ class BaseOps:
         self._memo: dict[tuple[bytes, tuple[int, ...]], Array] = {}
         self._recording: _Recording | None = None
         self._recorded_before = False
+        self._failures = 0  # of captures, one after the other
 
     @property
     def device_name(self) -> str:
@@ -120,7 +122,7 @@ class BaseOps:
 
     def record(self, step: Callable[[Ops], DeviceArray]) -> tuple[DeviceArray, Callable[[], None] | None]:
         """The first step runs as it is, so that kernels are compiled and scratch is there; the next one is recorded."""
-        if not self._recorded_before:
+        if not self._recorded_before or self._failures == ATTEMPTS:
             self._recorded_before = True
             return step(self), None  # type: ignore[arg-type]
         recording, scratch, again = _Recording(self.device), dict(self._scratch), None
@@ -129,6 +131,7 @@ class BaseOps:
             self._recording = recording
             run = self.device.capture(lambda: found.append(step(self)))  # type: ignore[arg-type]
             self._recording = None
+            self._failures = self._failures + 1 if run is None else 0
             if run is not None:
                 play = recording.player(run)
                 play()

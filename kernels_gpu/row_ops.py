@@ -28,6 +28,7 @@ PLAIN, NORMED, GATED = 0, 1, 2  # of activations.cuh
 ROUNDED_BYTES = 80  # of 32 rounded activations
 TOGETHER = 3  # matrices of a launch
 BLOCK, WARPS, BLOCKS = 256, 8, 4  # threads and warps of a block of products, blocks of a multiprocessor
+PART, PART_THREADS = 8192, 1024  # logits of a block that looks for the largest, and its threads
 ROOM = 47 << 10  # bytes of shared memory that any card gives a block, beside what the kernel has itself
 
 
@@ -47,8 +48,11 @@ class RowOps(BaseOps):
         self._table = tensor, make_matrix(self.device, tensor)
         return self._table[1]
 
-    def angles(self, rope: Rope, pos: np.ndarray) -> Angles:
+    def angles(self, rope: Rope, pos: np.ndarray, out: Angles | None = None) -> Angles:
         values = rope.angles(pos)
+        if out is not None:
+            self.device.refresh(values, out.values)
+            return out
         on_device = self.device.upload(values) if self._recording is None else self._recording.place(values)
         return Angles(on_device, rope.interleaved, pos)
 
@@ -58,7 +62,7 @@ class RowOps(BaseOps):
         out = self.device.empty((n, n_in), np.float32)
         width = n_in // GROUP if table.name in FORMATS else n_in
         grid = (n, -(-width // THREADS))
-        where = self.device.upload(np.ascontiguousarray(tokens, np.int32))
+        where = self._on_device(tokens)
         self._launch("embed.cu", "embed", grid, THREADS, *table.planes, width, where, out, **table.constants)
         return out
 
@@ -98,8 +102,15 @@ class RowOps(BaseOps):
 
     def logits(self, x: Array, norm: Array, eps: float, matrix: Matrix) -> Array:
         check_product(x, norm, matrix)
-        out = self.device.zeros((len(x), matrix.shape[0]), np.float32)
-        return self._products(x, (matrix,), NORMED, norm, eps, out)
+        return self._products(x, (matrix,), NORMED, norm, eps)
+
+    def most_likely(self, logits: Array) -> Array:
+        n, width = logits.shape
+        parts = -(-width // PART)
+        best, out = self._buffer("best of parts", (n, parts, 2)), self._buffer("most likely", (n,), np.int32)
+        done = self._counters(n)
+        self._launch("most_likely.cu", "most_likely", (parts, n), PART_THREADS, logits, width, best, done, out)
+        return out
 
     def _own(self, name: str, shape: tuple[int, ...]) -> Array:
         """Memory for a result: of few rows scratch, of many its own, because results of several chunks are joined."""

@@ -29,9 +29,17 @@ class BatchAnswer(Answer):
     def _run(self, session: Session, prompt: Sequence[int], progress: Progress | None) -> Iterator[str]:
         return iter(())
 
-    def grow(self, session: Session, logits: np.ndarray) -> None:
-        """Takes one more token, chosen from the logits [n_vocab] after those of the session."""
-        self.text += self._push(self._sampler(logits, session.tokens))
+    @property
+    def is_greedy(self) -> bool:
+        return self._sampler.is_greedy
+
+    def choose(self, session: Session, logits: np.ndarray) -> int:
+        """A token from the logits [n_vocab] after those of the session."""
+        return self._sampler(logits, session.tokens)
+
+    def grow(self, session: Session, token: int) -> None:
+        """Takes one more token."""
+        self.text += self._push(token)
         if self.finish_reason is None and len(self.tokens) == self._max_tokens:
             self.text += self._end("length")
         elif self.finish_reason is None and len(session.tokens) == session.n_ctx:
@@ -67,7 +75,7 @@ def _next(session: Session, waiting: Iterator[tuple[Sequence[int], BatchAnswer]]
     for prompt, answer in waiting:  # what the last text of this place has in common with the prompt is kept
         logits = session.feed(prompt)
         answer.timings = session.timings
-        answer.grow(session, logits)
+        answer.grow(session, answer.choose(session, logits))
         if answer.finish_reason is None:
             return answer
     return None
@@ -77,12 +85,14 @@ def _step(rows: Sequence[Row]) -> None:
     """Appends the last token of each answer to its sequence, and chooses the next."""
     any_session, begun = rows[0][0], time.perf_counter()
     tokens = [answer.tokens[-1] for _, answer in rows]
-    cache = any_session.cache
-    logits = any_session.decoder.decode(cache if len(rows) == len(cache.n_seen) else cache.part(0, len(rows)), tokens)
+    cache, decoder = any_session.cache, any_session.decoder
+    part = cache if len(rows) == len(cache.n_seen) else cache.part(0, len(rows))
+    greedy = all(answer.is_greedy for _, answer in rows)
+    found: Sequence[Any] = decoder.choose(part, tokens) if greedy else decoder.decode(part, tokens)
     seconds = time.perf_counter() - begun
-    for (session, answer), token, after in zip(rows, tokens, logits, strict=True):
+    for (session, answer), token, after in zip(rows, tokens, found, strict=True):
         session.stepped(token, seconds, len(rows))
-        answer.grow(session, after)
+        answer.grow(session, after if greedy else answer.choose(session, after))
 
 
 def is_several(given: Any, single: type | tuple[type, ...]) -> bool:

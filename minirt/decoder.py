@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .cache import Cache, CachePlan, allocate_cache
+from .checks import check_tokens
 from .config import ModelConfig
 from .errors import ModelError
 from .ops import Array, Ops
@@ -20,15 +21,18 @@ from .weights import Weights
 
 CHUNK = 512  # rows that go through a layer together: enough for matrix products to run at full speed
 
+NOT_FINITE = "the logits are not finite: the file's weights are damaged, or too large for --kv f16"
+
 Attention = Callable[[Ops, int, Array, Array, Array], Array]  # (ops, layer, q, k, v) -> out [N, H_q, d]
 
 
 @dataclass(frozen=True)
 class RecordedStep:
-    """A decode step that can be made again: on another token at another position, in the same memory."""
+    """A decode step that can be made again: on other tokens at other positions, in the same memory."""
 
-    x: Array  # embeddings at first, then the residual stream
+    tokens: np.ndarray  # int32 [B]
     angles: Angles
+    logits: Array
     again: Callable[[], None]
 
 
@@ -63,7 +67,8 @@ class Decoder:
         pos = np.arange(start, start + len(tokens), dtype=np.int32)
         cache.torn[seq] = True
         cache.recorded = None
-        x, angles = self._embed(tokens, pos)
+        x = self.ops.embed(self.weights.token_embd, np.asarray(tokens, np.int32))
+        angles = self.ops.angles(self.rope, pos)
         self._layers(
             self.ops,
             x,
@@ -76,15 +81,20 @@ class Decoder:
         cache.torn[seq] = False
         if logits == "none":
             return None
-        return self._logits(x) if logits == "all" else self._logits(x[-1:])[0]
+        found = self._finite(self._logits(self.ops, x if logits == "all" else x[-1:]))
+        return found if logits == "all" else found[0]
 
     def decode(self, cache: Cache, tokens: Sequence[int]) -> np.ndarray:
         """One step: a token for each of the cache's B sequences. Returns float32 logits [B, n_vocab]."""
-        cache.torn[:] = True
-        x = self._step(cache, tokens)
-        cache.n_seen += 1
-        cache.torn[:] = False
-        return self._logits(x)
+        return np.array(self._finite(self._step(cache, tokens)))
+
+    def choose(self, cache: Cache, tokens: Sequence[int]) -> list[int]:
+        """As `decode`, but returns the most likely token after each, the first of equally likely ones: nothing else
+        leaves the device."""
+        found = self.ops.to_host(self.ops.most_likely(self._step(cache, tokens)))
+        if (found < 0).any():
+            raise ModelError(NOT_FINITE)
+        return [int(token) for token in found]
 
     def rewind(self, cache: Cache, seq: int, n: int) -> int:
         """Forgets all but the first n tokens of a sequence; returns how many the policy could keep (n, or fewer)."""
@@ -93,28 +103,40 @@ class Decoder:
         return self.policy.rewind(self.ops, cache, seq, n)
 
     def _step(self, cache: Cache, tokens: Sequence[int]) -> Array:
-        """The residual stream [B, n_embd] of a decode step."""
-        x, angles = self._embed(tokens, cache.n_seen)
+        """The logits [B, n_vocab] after a decode step, on the device; valid until the next one."""
+        ids = np.array(tokens, np.int32)
+        if len(ids) != len(cache.n_seen):
+            raise ValueError(f"{len(ids)} tokens for {len(cache.n_seen)} sequences")
+        cache.torn[:] = True
+        logits = self._logits_of_step(cache, ids)
+        cache.n_seen += 1
+        cache.torn[:] = False
+        return logits
+
+    def _logits_of_step(self, cache: Cache, tokens: np.ndarray) -> Array:
         step: RecordedStep | None = cache.recorded
         if step is not None and cache.renew() and max(cache.n_seen.tolist()) < cache.plan.n_ctx:
-            step.x[...], step.angles.values[...] = x, angles.values
+            check_tokens(tokens, self.config.n_vocab)
+            step.tokens[...] = tokens
+            self.ops.angles(self.rope, cache.n_seen, step.angles)
             step.again()
-            return step.x
+            return step.logits
+        angles = self.ops.angles(self.rope, cache.n_seen)
 
         def attention(ops: Ops, layer: int, q: Array, k: Array, v: Array) -> Array:
             return self.policy.attend(ops, cache, layer, q, k, v)
 
+        def whole(ops: Ops) -> Array:
+            x = ops.embed(self.weights.token_embd, tokens)
+            return self._logits(ops, self._layers(ops, x, angles, attention))
+
         if not cache.lasting:
-            return self._layers(self.ops, x, angles, attention)
-        _, again = self.ops.record(lambda ops: self._layers(ops, x, angles, attention))
-        cache.recorded = None if again is None else RecordedStep(x, angles, again)
-        return x
+            return whole(self.ops)
+        logits, again = self.ops.record(whole)
+        cache.recorded = None if again is None else RecordedStep(tokens, angles, logits, again)
+        return logits
 
-    def _embed(self, tokens: Sequence[int], pos: np.ndarray) -> tuple[Array, Angles]:
-        """Token ids [N] at true positions pos [N] -> residual stream [N, n_embd] and angles."""
-        return self.ops.embed(self.weights.token_embd, np.asarray(tokens, np.int32)), self.ops.angles(self.rope, pos)
-
-    @np.errstate(over="ignore", invalid="ignore")  # damaged weights are reported once, by _logits
+    @np.errstate(over="ignore", invalid="ignore")  # damaged weights are reported once, by _finite
     def _layers(
         self,
         ops: Ops,
@@ -143,9 +165,13 @@ class Decoder:
         return x
 
     @np.errstate(over="ignore", invalid="ignore")
-    def _logits(self, x: Array) -> np.ndarray:
-        w = self.weights
-        out = self.ops.to_host(self.ops.logits(x, w.output_norm, self.config.rms_eps, w.output))
+    def _logits(self, ops: Ops, x: Array) -> Array:
+        return ops.logits(x, self.weights.output_norm, self.config.rms_eps, self.weights.output)
+
+    @np.errstate(over="ignore", invalid="ignore")
+    def _finite(self, logits: Array) -> np.ndarray:
+        """The logits on the host."""
+        out = self.ops.to_host(logits)
         if not np.isfinite(np.add.reduce(out, axis=None)):
-            raise ModelError("the logits are not finite: the file's weights are damaged, or too large for --kv f16")
+            raise ModelError(NOT_FINITE)
         return out

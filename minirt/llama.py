@@ -149,7 +149,7 @@ class Llama:
         for n, steps in ((2, 2), (MIN_CONTEXT - 5, 1)):  # within what a small policy reads, and beyond
             some.prefill(cache, [0] * n)
             for _ in range(steps):  # the first is recorded, the second played
-                some.decode(cache, [0])
+                some.choose(cache, [0])
         # A prompt is computed otherwise than a few rows are: one layer of each kind is enough to see to that.
         kinds = {}
         for i in range(self.config.n_layer):

@@ -142,10 +142,15 @@ class Ops(Protocol):
         """x += down(silu(gate(n)) * up(n)) with n = RMSNorm(x), in place: SwiGLU (arXiv 2002.05202)."""
 
     def logits(self, x: Array, norm: Array, eps: float, matrix: Matrix) -> Array:
-        """RMSNorm of x, then the output projection: [N, n_vocab], owned by the caller."""
+        """RMSNorm of x, then the output projection: [N, n_vocab], owned by the caller unless it is recorded."""
 
-    def angles(self, rope: Rope, pos: IntArray) -> Angles:
-        """What `qkv` needs for the true positions `pos` [N]; made once per forward pass."""
+    def most_likely(self, logits: Array) -> Array:
+        """The token of the largest of each row of logits [N, n_vocab], of equal ones the first; -1 if one of them is
+        not finite: int32 [N]."""
+
+    def angles(self, rope: Rope, pos: IntArray, out: Angles | None = None) -> Angles:
+        """What `qkv` needs for the true positions `pos` [N]; made once per forward pass. out: those of as many other
+        positions, which become these, in the same memory."""
 
     # -- cache ---------------------------------------------------------------------------------------------------------
     def allocate(self, store: Store, shape: tuple[int, int, int, int], factor: Factor | None = None) -> Array:

@@ -50,6 +50,15 @@ class Angles(NamedTuple):
         return Angles(self.values[:, rows], self.interleaved, None if self.pos is None else self.pos[rows])
 
 
+def host_angles(rope: Rope, pos: np.ndarray, out: Angles | None = None) -> Angles:
+    """`Ops.angles` of devices that compute in the host's memory."""
+    values = rope.angles(pos)
+    if out is None:
+        return Angles(values, rope.interleaved, pos)
+    out.values[...] = values
+    return out
+
+
 def make_rope(config: ModelConfig, factors: np.ndarray | None = None) -> Rope:
     """The model's Rope. `factors` is `rope_freqs.weight` [rope_dim/2]: each divides its frequency (Llama 3.1)."""
     dim, scaling = config.rope_dim, config.rope_scaling

@@ -41,6 +41,11 @@ class Sampler:
         self.sampling = sampling
         self.random = np.random.default_rng(sampling.seed)
 
+    @property
+    def is_greedy(self) -> bool:
+        """Whether it only asks for the most likely token."""
+        return self.sampling.temperature == 0.0 and self.sampling.repeat_penalty == 1.0
+
     def __call__(self, logits: np.ndarray, recent: Sequence[int] = ()) -> int:
         """Chooses a token id from float32 logits [n_vocab]; `recent` are the tokens so far, newest last."""
         s = self.sampling
@@ -58,6 +63,11 @@ class Sampler:
         ids = ids[: max(keep, 1)]
         total = np.cumsum(_softmax(logits[ids], s.temperature))
         return int(ids[min(np.searchsorted(total, self.random.random() * total[-1], side="right"), len(ids) - 1)])
+
+
+def most_likely(logits: np.ndarray) -> np.ndarray:
+    """`Ops.most_likely` of devices that compute in the host's memory."""
+    return np.where(np.isfinite(logits).all(axis=1), np.argmax(logits, axis=1), -1).astype(np.int32)
 
 
 def _penalise(logits: np.ndarray, recent: Sequence[int], penalty: float) -> np.ndarray:

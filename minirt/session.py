@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from .sampling import Sampler
 
 PREFILL_CHUNK = CHUNK  # tokens: small enough to show progress
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 
 
@@ -83,15 +85,24 @@ class Session:
 
     def step(self, token: int) -> np.ndarray:
         """Appends one token and returns the float32 logits [n_vocab] after it."""
+        return self._decode(self.decoder.decode, token)
+
+    def follow(self, token: int, sampler: Sampler, recent: Sequence[int]) -> int:
+        """Appends one token and returns the next; `recent` are the tokens that the sampler shall know of."""
+        if sampler.is_greedy:
+            return self._decode(self.decoder.choose, token)
+        return sampler(self.step(token), recent)
+
+    def _decode(self, decode: Callable[[Cache, Sequence[int]], Sequence[T]], token: int) -> T:
         begun = time.perf_counter()
         n = len(self.tokens)
         if self._rewind(n) < n:
             raise ModelError(
                 "the last step was interrupted, and this policy cannot go on from there: feed the text anew"
             )
-        logits = self.decoder.decode(self.cache, [token])[0]
+        (found,) = decode(self.cache, [token])
         self.stepped(token, time.perf_counter() - begun)
-        return logits
+        return found
 
     def stepped(self, token: int, seconds: float, together: int = 1) -> None:
         """Notes that the decoder appended a token, in a step of so many seconds for so many sequences together."""
@@ -107,15 +118,15 @@ class Session:
         A token is in the cache only once the next one is asked for, so the last one costs nothing.
         """
         recent, begun = list(self.tokens), self.timings
+        token = sampler(logits, recent)
         for i in range(max_tokens):
-            token = sampler(logits, recent)
             recent.append(token)
             yield token
             if self.timings is not begun:
                 raise UsageError("another answer was begun in this session; this one cannot go on")
             if i + 1 == max_tokens or len(self.tokens) == self.n_ctx:
                 return
-            logits = self.step(token)
+            token = self.follow(token, sampler, recent)
 
     def reset(self) -> None:
         """Forgets everything."""

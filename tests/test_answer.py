@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from minirt import Llama, ModelError, Sampling, UsageError
+from minirt.sampling import Sampler
 from minirt.answer import Answer
 from minirt.gguf_file import GGUFFile
 from minirt.session import Session, Timings
@@ -149,7 +150,12 @@ def test_a_longer_text_computes_only_what_is_new(llama: Llama) -> None:
     assert llama.generate(again, max_tokens=1).timings.prompt_tokens == len(again) - len(prompt) - 7
 
 
-@pytest.mark.parametrize("op", ["embed", "append", "attend", "feed_forward", "qkv"])
+class Nines(Sampler):
+    def __call__(self, *_: object) -> int:
+        return 9
+
+
+@pytest.mark.parametrize("op", ["angles", "append", "attend", "feed_forward", "qkv"])
 @pytest.mark.parametrize("calls", [1, 2, 5, 8])
 def test_an_interrupt_anywhere_leaves_a_session_that_goes_on_correctly(llama: Llama, op: str, calls: int) -> None:
     prompt = llama.tokenize("the interrupted one")
@@ -157,7 +163,7 @@ def test_an_interrupt_anywhere_leaves_a_session_that_goes_on_correctly(llama: Ll
     logits = llama.session.feed(prompt)
     interrupt_at(llama, op, calls)
     with pytest.raises(KeyboardInterrupt):
-        for _ in llama.session.generate(logits, lambda *_: 9, 20):  # type: ignore[arg-type]
+        for _ in llama.session.generate(logits, Nines(Sampling()), 20):
             pass
     stand = len(llama.session.tokens)
     assert llama.session.tokens == [*prompt, *[9] * (stand - len(prompt))]

@@ -30,14 +30,14 @@ def llama(tiny: Path) -> Iterator[Llama]:
 def sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of sequences of every decode step from now on."""
     seen: list[int] = []
-    decode = Decoder.decode
+    step = Decoder._step
 
     def counted(self: Decoder, cache: Any, tokens: Any) -> np.ndarray:
         assert len(cache.n_seen) == len(tokens)
         seen.append(len(tokens))
-        return decode(self, cache, tokens)
+        return step(self, cache, tokens)
 
-    monkeypatch.setattr(Decoder, "decode", counted)
+    monkeypatch.setattr(Decoder, "_step", counted)
     return seen
 
 
@@ -67,6 +67,7 @@ def script(llama: Llama, ends: dict[str, int], monkeypatch: pytest.MonkeyPatch) 
         return choose(self, logits, recent)
 
     monkeypatch.setattr(Sampler, "__call__", scripted)
+    monkeypatch.setattr(Sampler, "is_greedy", False)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 6, 100])

@@ -37,21 +37,17 @@ def kernels_in(folder: Path) -> list[Path]:
     return [path for path in folder.glob("minirt/kernels-*/*") if path.name != "used"]
 
 
-@pytest.mark.parametrize("damage", ["empty", "half", "garbage", "one bit", "another's"])
-def test_a_damaged_cache_is_compiled_again(tiny: Path, filled: tuple[Path, str], tmp_path: Path, damage: str) -> None:
+def test_a_damaged_cache_is_compiled_again(tiny: Path, filled: tuple[Path, str], tmp_path: Path) -> None:
+    """Files that are empty, cut, garbage, another's, or wrong in one bit."""
     cache, good = filled
     shutil.copytree(cache, tmp_path, dirs_exist_ok=True)
     files = kernels_in(tmp_path)
-    assert len(files) > 4
+    assert len(files) >= 5
     whole = [path.read_bytes() for path in files]
-    for path, data, other in zip(files, whole, whole[1:] + whole[:1], strict=True):
+    for i, (path, data) in enumerate(zip(files, whole, strict=True)):
         flipped = bytearray(data)
         flipped[len(data) * 2 // 3] ^= 4
-        path.write_bytes(
-            {"empty": b"", "half": data[: len(data) // 2], "garbage": bytes(1000), "one bit": flipped}.get(
-                damage, other
-            )
-        )
+        path.write_bytes((b"", data[: len(data) // 2], bytes(1000), whole[i - 1], flipped)[i % 5])
     damaged = {path: path.read_bytes() for path in files}
     for _ in range(2):
         again = run(tiny, XDG_CACHE_HOME=str(tmp_path))

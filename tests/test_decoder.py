@@ -11,6 +11,7 @@ import pytest
 
 from kernels_cpu.integer_products import HAS_WORDS
 from minirt import Llama
+from minirt.errors import ModelError
 
 CASES = {case.name: case for case in golden.cases()}
 # Weights in blocks meet activations in 14 or 16 bits on the CPU (at most 1.3e-4 here).
@@ -48,6 +49,24 @@ def test_steps_equal_the_prompt(folder: Path, name: str, device: str) -> None:
         parts = [decoder.prefill(cache, tokens[:1], logits="all"), decoder.prefill(cache, tokens[1:14], logits="all")]
         parts += [decoder.decode(cache, [token]) for token in tokens[14:]]
     assert np.abs(np.concatenate(parts) - whole).max() <= allowed(case, device, ROUNDED) * np.abs(whole).max()
+
+
+@pytest.mark.parametrize("device", ["reference", "cpu"])
+def test_the_most_likely_token(folder: Path, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, logits, tokens = CASES["llama-gqa3-d64-tied"], [], [7]
+    with Llama.load(golden.build(case, folder), device=device, kv="f32", n_ctx=64) as llama:
+        decoder = llama.decoder
+        for _ in range(5):
+            tokens += decoder.choose(llama.session.cache, tokens[-1:])
+        cache = decoder.new_cache(llama.session.cache.plan)
+        logits = [decoder.decode(cache, [token])[0] for token in tokens[:-1]]  # kept: each is the caller's own
+        assert tokens[1:] == [int(np.argmax(row)) for row in logits]
+        for wrong in ([llama.config.n_vocab], [-1], [1, 2], []):  # when the step is played again, too
+            with pytest.raises(ValueError, match="token"):
+                decoder.choose(cache, wrong)
+        llama.decoder.weights.output_norm[0] = np.nan
+        with pytest.raises(ModelError, match="the logits are not finite"):
+            decoder.choose(cache, [1])
 
 
 def test_sequences_of_a_batch_do_not_mix(folder: Path) -> None:

@@ -106,6 +106,25 @@ def test_policies_over_latents(on_card: Any, tiny: Path, tmp_path: Path, policy:
         assert far_from(ours, theirs) < 2 * HALVES
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_token_is_all_that_a_greedy_step_brings_back(
+    on_card: Any, device: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch, n: int
+) -> None:
+    brought: list[tuple[Any, ...]] = []
+    download = device.device.download
+
+    def noted(array: Any) -> Any:
+        brought.append((array.shape, np.dtype(array.dtype)))
+        return download(array)
+
+    monkeypatch.setattr(device.device, "download", noted)
+    with on_card(tiny) as card:
+        prompts = [[i + 4, i + 5] for i in range(n)]
+        card.generate(prompts, max_tokens=6, sampling=Sampling(temperature=0))
+        first = (1, card.config.n_vocab), np.float32
+    assert brought == [first] * n + [((n,), np.int32)] * 5
+
+
 def test_sequences_side_by_side(on_card: Any, tiny: Path) -> None:
     prompts = [[5, 6, 7, 8], [9], list(range(30, 42))]
     with on_card(tiny) as card, Llama.load(tiny, device="reference") as truth:

@@ -92,6 +92,15 @@ def test_counters_of_a_step_that_cannot_be_recorded(gpu: GpuOps, monkeypatch: py
     assert not gpu.device.download(found[-1]).any()
 
 
+def test_a_card_that_records_nothing_is_not_asked_for_ever(gpu: GpuOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(gpu, "_recorded_before", True)
+    monkeypatch.setattr(gpu, "_failures", 0)
+    monkeypatch.setattr(gpu.device, "capture", lambda run: asked.append(1))
+    assert [gpu.record(lambda ops: 5) for _ in range(9)] == 9 * [(5, None)]
+    assert len(asked) == 3
+
+
 def test_what_a_capture_may_not_do() -> None:
     device = EmulatedDevice()
     a = device.upload(np.arange(3.0, dtype=np.float32))

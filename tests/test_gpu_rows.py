@@ -43,6 +43,11 @@ def test_decoding_is_exact(ops: Any, name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("width", [1, 31, 8192, 20001])
+def test_most_likely(ops: Any, width: int) -> None:
+    test_ops.test_most_likely(ops, width)
+
+
 @pytest.mark.parametrize("n", [1, 33])
 def test_layers(ops: Any, n: int) -> None:
     test_ops.test_layer(ops, "Q6_K", n, (8, 2, 32), False, True)

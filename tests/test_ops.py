@@ -116,6 +116,20 @@ def test_products_of_every_type(ops: Any, name: str, n: int) -> None:
         assert_close(o, t, allowed(ops, name, n))
 
 
+@pytest.mark.parametrize("width", [1, 31, 8192, 20001])
+def test_most_likely(ops: Any, width: int) -> None:
+    logits = normal(9, width)
+    logits[1] = -3e38
+    logits[2, [width // 2, -1]] = 40.0  # of equal ones the first
+    logits[3:6, width * 2 // 3] = np.nan, np.inf, -np.inf
+    logits[6, 0], logits[6, -1] = np.inf, np.nan
+    found = ops.to_host(ops.most_likely(logits))
+    assert found.dtype == np.int32
+    assert np.array_equal(found, TRUTH.most_likely(logits))
+    assert found[:3].tolist() == [int(np.argmax(logits[0])), 0, width // 2]
+    assert found[3:].tolist() == [-1, -1, -1, -1, *np.argmax(logits[7:], axis=1)]
+
+
 @pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "F16"])
 @pytest.mark.parametrize("n", [1, 5, 33])
 @pytest.mark.parametrize(("heads", "interleaved", "extras"), [((4, 4, 64), True, False), ((8, 2, 32), False, True)])

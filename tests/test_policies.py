@@ -345,30 +345,34 @@ def test_bytes_read_are_what_a_step_touches(spec: str, n: int, device: str) -> N
     qkv = random_qkv(heads, n + 1, n_layer=1, seed=4)
     qkv[0][:] = np.abs(qkv[0]) + 0.1  # no component may be left out because it is zero
 
-    def after(poison: Any = None) -> np.ndarray:
-        run = Run(spec, OPS[device], heads, n_ctx=48, n_layer=1)
-        run.prompt(cut(qkv, 0, n))
-        if poison is not None:
-            name, index = poison
-            array = getattr(run.cache.layers[0], name) if name in "kv" else run.cache.side[name][0]
-            np.asarray(array).view(np.float32).reshape(-1)[index] = 1e4
+    run = Run(spec, OPS[device], heads, n_ctx=48, n_layer=1)
+    run.prompt(cut(qkv, 0, n))
+    arrays = {"k": run.cache.layers[0].k, "v": run.cache.layers[0].v}
+    arrays |= {name: side[0] for name, side in run.cache.side.items()}
+    arrays = {name: np.asarray(array) for name, array in arrays.items()}
+    before = {name: array.copy() for name, array in arrays.items()}
+
+    def after(name: str = "k", huge: int | None = None) -> np.ndarray:
+        """What the step gives if that number is huge."""
+        for key, array in arrays.items():
+            array[...] = before[key]
+        run.cache.n_seen[:] = n
+        if huge is not None:
+            arrays[name].view(np.float32).reshape(-1)[huge] = 1e4
         out = run.step(cut(qkv, n, n + 1))
-        scores = np.array(run.cache.side["scores"][0]) if "scores" in run.cache.side else np.zeros(1)
+        scores = arrays["scores"] if "scores" in arrays else np.zeros(1)
         return np.concatenate([out.ravel(), scores.ravel()])
 
     with np.errstate(all="ignore"):
-        clean, plan = after(), Run(spec, OPS[device], heads, n_ctx=48, n_layer=1)
+        clean = after()
         assert np.isfinite(clean).all()
-        arrays = {"k": plan.cache.layers[0].k, "v": plan.cache.layers[0].v}
-        arrays |= {name: plan.cache.side[name][0] for name in ("index", "mean") if name in plan.cache.side}
-        for name, array in arrays.items():
-            size = np.asarray(array).view(np.float32).size
-            touched += sum(not np.array_equal(after((name, i)), clean, equal_nan=True) for i in range(size))
-    config, policy = plan.config, plan.policy
-    plan.prompt(cut(qkv, 0, n))
-    plan.step(cut(qkv, n, n + 1))
-    read = policy.bytes_touched(plan.ops, config, plan.cache, 0, n + 1)
-    assert read <= policy.bytes_read(config, plan.cache.plan, n + 1)
+        for name in ("k", "v", "index", "mean"):
+            size = arrays[name].view(np.float32).size if name in arrays else 0
+            touched += sum(not np.array_equal(after(name, i), clean, equal_nan=True) for i in range(size))
+    after()
+    config, policy = run.config, run.policy
+    read = policy.bytes_touched(run.ops, config, run.cache, 0, n + 1)
+    assert read <= policy.bytes_read(config, run.cache.plan, n + 1)
     held = min(n + 1, 17)
     if isinstance(policy, Evicting):
         read -= 4 * held  # its scores, which are compared with each other only

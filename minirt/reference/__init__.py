@@ -15,7 +15,8 @@ from ..checks import check_feed_forward, check_product, check_qkv, check_tokens
 from ..dequantize import dequantize
 from ..gguf_file import Tensor
 from ..ops import Ops
-from ..rope import Angles, Rope
+from ..rope import Angles, Rope, host_angles
+from ..sampling import most_likely
 from .attention import AttentionOps
 from .eviction import EvictionOps
 from .low_rank import Factor, with_positions
@@ -100,8 +101,11 @@ class ReferenceOps(AttentionOps, EvictionOps, SparseOps):
         check_product(x, norm, matrix)
         return rms_norm(x, norm, eps) @ matrix.values.T
 
-    def angles(self, rope: Rope, pos: np.ndarray) -> Angles:
-        return Angles(rope.angles(pos), rope.interleaved, pos)
+    def most_likely(self, logits: np.ndarray) -> np.ndarray:
+        return most_likely(logits)
+
+    def angles(self, rope: Rope, pos: np.ndarray, out: Angles | None = None) -> Angles:
+        return host_angles(rope, pos, out)
 
 
 def silu(x: np.ndarray) -> np.ndarray:
