@@ -88,7 +88,7 @@ def _step(rows: Sequence[Row]) -> None:
     cache, decoder = any_session.cache, any_session.decoder
     part = cache if len(rows) == len(cache.n_seen) else cache.part(0, len(rows))
     greedy = all(answer.is_greedy for _, answer in rows)
-    found: Sequence[Any] = decoder.choose(part, tokens) if greedy else decoder.decode(part, tokens)
+    found: Any = decoder.choose(part, tokens) if greedy else decoder.decode(part, tokens)
     seconds = time.perf_counter() - begun
     for (session, answer), token, after in zip(rows, tokens, found, strict=True):
         session.stepped(token, seconds, len(rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from .sampling import Sampler
 
 PREFILL_CHUNK = CHUNK  # tokens: small enough to show progress
 
-T = TypeVar("T")
 Progress = Callable[[int, int], None]  # (tokens done, tokens in all)
 
 
@@ -85,15 +84,17 @@ class Session:
 
     def step(self, token: int) -> np.ndarray:
         """Appends one token and returns the float32 logits [n_vocab] after it."""
-        return self._decode(self.decoder.decode, token)
+        logits: np.ndarray = self._decode(self.decoder.decode, token)
+        return logits
 
     def follow(self, token: int, sampler: Sampler, recent: Sequence[int]) -> int:
         """Appends one token and returns the next; `recent` are the tokens that the sampler shall know of."""
         if sampler.is_greedy:
-            return self._decode(self.decoder.choose, token)
+            return int(self._decode(self.decoder.choose, token))
         return sampler(self.step(token), recent)
 
-    def _decode(self, decode: Callable[[Cache, Sequence[int]], Sequence[T]], token: int) -> T:
+    def _decode(self, decode: Callable[[Cache, Sequence[int]], Any], token: int) -> Any:
+        """What decode(cache, [token]) gives for this sequence, its only one."""
         begun = time.perf_counter()
         n = len(self.tokens)
         if self._rewind(n) < n:

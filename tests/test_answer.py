@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from minirt import Llama, ModelError, Sampling, UsageError
-from minirt.sampling import Sampler
 from minirt.answer import Answer
 from minirt.gguf_file import GGUFFile
+from minirt.sampling import Sampler
 from minirt.session import Session, Timings
 from minirt.tokenizer import Tokenizer
 
