@@ -53,6 +53,8 @@ from .sparse import (
     part,
     part_tokens,
     parts_of_heads,
+    tiles_of_heads,
+    weigh,
 )  # fmt: skip
 from .tiles import score_rows
 from .unowned import hold, unowned
@@ -174,14 +176,16 @@ def _choose(q, r, run_bytes, offsets, factors, few, task):  # type: ignore[no-un
 
 @kernel
 def _score(  # type: ignore[no-untyped-def]
-    codes, scales, k, few, stop, tokens, most, r, offsets, factors, coded_heads, vectors, heads, logits, of, task
-):
+    codes, scales, k, few, stop, tokens, most, r, offsets, factors, coded_heads, vectors, heads, of_tiles, of_choice,
+    task,
+):  # fmt: skip
     group, n_head_kv, block = factors.shape[2], codes.shape[1], PARTS * codes.shape[4]
     b, h, begin, end = part(task, tokens, most, n_head_kv, stop)
     if begin >= end:
         return
     kv_head, coded = b * n_head_kv + h, max(begin, min(end, stop[b] // CODED_UNIT * CODED_UNIT))
     chosen, by = address(offsets) + kv_head * offsets.strides[0], address(factors) + kv_head * factors.strides[0]
+    logits, weighed = of_tiles[0], begin
     own = address(logits) + b * logits.strides[0] + h * group * logits.strides[1]
     head = address(codes) + b * codes.strides[0] + h * codes.strides[1]
     head_scales = address(scales) + b * scales.strides[0] + h * scales.strides[1]
@@ -197,11 +201,13 @@ def _score(  # type: ignore[no-untyped-def]
             of_runs = (where, ahead, scales_at, chosen, by + 4 * g, group, r, n // RUN)
             add_codes(*of_runs, own + g * logits.strides[1] + 4 * tile, logits.strides[1], address(room), coded_heads)
         tile += n
+        weighed = weigh(b, h, weighed, tile, end, *of_tiles)
     for first in range(coded, end, ROWS):
         columns, n = logits[b, :, first:], min(ROWS, end - first)
         for g in range(h * group, (h + 1) * group, len(heads)):
             score_rows(k, b, h, first, n, few, g, np.float32(1.0), columns, g, k, ROWS, vectors, heads)
-    finish_part(b, h, begin, end, stop, tokens, most, task, logits, *of)
+        weighed = weigh(b, h, weighed, first + n, end, *of_tiles)
+    finish_part(b, h, stop, *of_tiles, *of_choice)
 
 
 @kernel
@@ -224,11 +230,10 @@ def approximate_top_k(  # type: ignore[no-untyped-def]
         rotate_rows(few, few, vectors)
     queries = queries_for(k, few)
     tokens, most = part_tokens(stop, n_head_kv)
-    tasks = n_seq * n_head_kv * most
-    largest, total = np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
-    unfinished, mode = parts_of_heads(stop, tokens, n_head_kv), OF_LOGITS if sum_logits else OF_PROBABILITIES
-    of = (unowned(largest), unowned(total), unowned(unfinished), unowned(ranks), mode)
-    of_head = (*of, local, unowned(rows), unowned(weights), least, unowned(counts))
+    tiles, unfinished = tiles_of_heads(stop, n_head_kv, group), parts_of_heads(stop, tokens, n_head_kv)
+    mode = OF_LOGITS if sum_logits else OF_PROBABILITIES
+    of_tiles = (unowned(logits), unowned(tiles[0]), unowned(tiles[1]), unowned(ranks), mode)
+    of_choice = (unowned(unfinished), local, unowned(rows), unowned(weights), least, unowned(counts))
     args = (unowned(codes), unowned(scales), unowned(k), unowned(queries), unowned(stop), tokens, most, r, *chosen)
-    share(crew, tasks, _score, (*args, coded_heads, vectors, heads, unowned(logits), of_head))
-    hold((offsets, factors, queries, largest, total, unfinished))
+    share(crew, n_seq * n_head_kv * most, _score, (*args, coded_heads, vectors, heads, of_tiles, of_choice))
+    hold((offsets, factors, queries, tiles, unfinished))

@@ -144,10 +144,10 @@ def _rows_fit(rows, stop, counts, slots):  # type: ignore[no-untyped-def]
     """Whether all rows [B, H_kv, k] that count are slots."""
     for b in range(len(rows)):
         for h in range(rows.shape[1]):
-            outside = False
+            least, most = np.int32(0), np.int32(0)
             for i in range(_counted(rows, stop, counts, b, h)):
-                outside |= rows[b, h, i] < 0 or rows[b, h, i] >= slots
-            if outside:
+                least, most = min(least, rows[b, h, i]), max(most, rows[b, h, i])
+            if least < 0 or most >= slots:
                 return False
     return True
 

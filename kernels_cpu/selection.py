@@ -2,9 +2,10 @@
 
 Numbers are compared by keys, int32 in the same order, where NaN counts as -inf and both zeros are one. The m-th largest
 of a few keys comes from counting: bit by bit, the largest number that m of them reach. Of many numbers most are ruled
-out at a glance, 64 at a time: in m of several subsets the maximum reaches a bound, so the m largest of all do. What
-reaches it is collected; whenever that is too much, the m largest stay and the bound rises to what would displace one.
-So time grows with the length, in whatever order the numbers lie.
+out at a glance, 64 at a time: in m of several subsets the maximum reaches a bound, so the m largest of all do. Of large
+m a sample says what about so many may reach, and counting whether they do. What reaches the bound is collected;
+whenever that is too much, the m largest stay and the bound rises to what would displace one. So time grows with the
+length, in whatever order the numbers lie.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ from .unowned import unowned
 LOWEST = -(2**31)  # below the keys of all numbers
 GLANCE = 64  # numbers compared with the bound together: the bits of a word
 SPARE = 1024  # numbers collected beyond four times those wanted
+SAMPLED = 16  # one of so many numbers is in a sample, 16 neighbours together
+GUESSES = 2  # of a bound, each lower than the one before
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------
@@ -131,6 +134,40 @@ def subset_maxima(typingctx: Any, where: Any, rows: Any, vectors: Any, to: Any) 
 
 
 @intrinsic
+def keys_of_sample(typingctx: Any, where: Any, n: Any, to: Any) -> Any:
+    """Keys of the first 16 of each 16 SAMPLED of n float32 at an address, to another; returns how many these are."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        source, n, to = b.inttoptr(args[0], cgutils.voidptr_t), args[1], b.inttoptr(args[2], cgutils.voidptr_t)
+        vectors = b.udiv(n, I64(LANES * SAMPLED))
+        with cgutils.for_range(b, vectors) as loop:
+            place = b.mul(loop.index, I64(4 * LANES))
+            x = load(b, at(b, source, b.mul(place, I64(SAMPLED))), vector(F32))
+            store(b, _keys(b, x), at(b, to, place))
+        return b.mul(vectors, I64(LANES))
+
+    i = types.int64
+    return types.int64(i, i, i), codegen
+
+
+@intrinsic
+def count_reaching(typingctx: Any, where: Any, n: Any, key: Any) -> Any:
+    """How many of n float32 at an address have this key or a larger one; n is rounded down to 16."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        source = b.inttoptr(args[0], cgutils.voidptr_t)
+        bound = splat(b, b.bitcast(_turned(b, b.trunc(args[2], I32)), F32))
+        total = cgutils.alloca_once_value(b, constant(I32, 0))
+        with cgutils.for_range(b, b.udiv(args[1], I64(LANES))) as loop:
+            x = load(b, at(b, source, b.mul(loop.index, I64(4 * LANES))), vector(F32))
+            reached = b.sext(b.fcmp_ordered(">=", x, bound), vector(I32))  # true is -1
+            b.store(b.sub(b.load(total), reached), total)
+        return b.zext(across_lanes(b, b.load(total), b.add), I64)
+
+    return types.int64(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
 def glance(typingctx: Any, where: Any, key: Any) -> Any:
     """Bit i: whether the i-th of 64 float32 at an address may have this key or a larger one; NaN always may."""
 
@@ -207,12 +244,27 @@ def _bound(values, n, m, keys):  # type: ignore[no-untyped-def]
 
 
 @kernel
+def _sampled_bound(values, n, m, keys):  # type: ignore[no-untyped-def]
+    """The same for any m < n, or LOWEST if the sample misleads."""
+    size = keys_of_sample(values, n, address(keys))
+    wanted = m * size // n
+    for _ in range(GUESSES):
+        wanted += 8 + 2 * int(np.sqrt(wanted))  # neighbours are alike, so a sample errs by more than its root
+        if wanted >= size:
+            break
+        least = _reached_by(keys, size, wanted)
+        if least > LOWEST and count_reaching(values, n, least) >= m:
+            return least
+    return LOWEST
+
+
+@kernel
 def _collect_largest(values, n, m, keys, indices):  # type: ignore[no-untyped-def]
     """The first m of indices become those of the m <= n largest of n float32 at an address, ascending.
 
     keys, indices: int32, of 4 m + SPARE + GLANCE numbers.
     """
-    least = _bound(values, n, m, keys) if n >= 16 * m else LOWEST
+    least = _bound(values, n, m, keys) if n >= 16 * m else _sampled_bound(values, n, m, keys)
     room, count = 4 * m + SPARE - GLANCE, 0
     for first in range(0, n, GLANCE):
         lanes = glance(values + 4 * first, least) if first + GLANCE <= n else (1 << (n - first)) - 1

@@ -4,9 +4,10 @@ The index keeps the components of keys apart: [B, H_kv, blocks, d, tokens], wher
 one run of memory. The lanes of a vector are tokens, so a logit needs no sum over lanes, and components that were not
 chosen are not touched. A number of the index is read, and converted, once for all query heads that share it.
 
-Tokens are cut into parts of the same length, whatever the number of threads. Each part keeps its own maximum and sum of
-exponentials (arXiv 1805.02867). Whoever ends the last part of a KV head makes ranks of them, most of which its caches
-still hold, and chooses.
+Tokens are cut into parts of the same length, whatever the number of threads: whole heads, if there are enough of them,
+because what another core has written is far away. A part is scored a tile at a time. Each tile keeps its own maximum
+and sum of exponentials (arXiv 1805.02867), which are made while memory brings the next one. Whoever ends the last part
+of a KV head makes ranks of them and chooses.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from .tiles import cached_vectors, score_rows
 from .unowned import hold, unowned
 
 TASKS = 16
-TILE, MOST = 512, 4096
+TILE = 512
 ROWS = 64  # of whole keys that are scored for some heads, then for others, while they are in the first cache
 TOGETHER = 4  # runs that pass by at once: memory keeps up with as many streams
 
@@ -91,11 +92,12 @@ def add_runs(
         with cgutils.for_range(b, b.mul(lines, I64(tokens // LANES))) as loop:
             for row in rows:
                 store(b, zero, at(b, row, b.mul(loop.index, I64(4 * LANES))))
-        whole = b.sub(r, b.urem(r, I64(TOGETHER)))
-        with cgutils.for_range_slice(b, I64(0), whole, I64(TOGETHER)) as (first, _):
-            add(first, TOGETHER)
-        with cgutils.for_range_slice(b, whole, r, I64(1)) as (first, _):
-            add(first, 1)
+        begin, count = I64(0), TOGETHER
+        while count > 0:  # the rest two at a time, then alone
+            end = b.sub(r, b.urem(r, I64(count)))
+            with cgutils.for_range_slice(b, begin, end, I64(count)) as (first, _):
+                add(first, count)
+            begin, count = end, count // 2
         return context.get_dummy_value()
 
     i = types.int64
@@ -111,7 +113,7 @@ def part_tokens(stop, heads):  # type: ignore[no-untyped-def]
     total, longest = 0, 0
     for n in stop:
         total, longest = total + n, max(longest, n)
-    tokens = min(max(total * heads // TASKS // TILE * TILE, TILE), MOST)
+    tokens = max(total * heads // TASKS // TILE * TILE, TILE)
     return tokens, (longest + tokens - 1) // tokens
 
 
@@ -142,65 +144,90 @@ def count_down(typingctx: Any, where: Any) -> Any:
 
 
 @kernel
-def finish_part(  # type: ignore[no-untyped-def]
-    b, h, begin, end, stop, tokens, most, task, logits, largest, total, unfinished, ranks, mode, local, rows, weights,
-    least, counts,
-):  # fmt: skip
-    """Logits [B, H_q, slots] of a part become exponentials; those of a KV head, when all are there, a choice."""
-    group, n, kv_head = largest.shape[1], end - begin, b * ranks.shape[1] + h
+def tiles_of_heads(stop, heads, group):  # type: ignore[no-untyped-def]
+    """Room for the maxima of logits and the sums of exponentials: float32 [2, B H_kv, tiles, group]."""
+    longest = 0
+    for n in stop:
+        longest = max(longest, n)
+    return np.empty((2, len(stop) * heads, (longest + TILE - 1) // TILE, group), np.float32)
+
+
+@kernel
+def weigh(b, h, weighed, scored, end, logits, largest, total, ranks, mode):  # type: ignore[no-untyped-def]
+    """Logits [B, H_q, slots] of a KV head become exponentials: of tiles from `weighed` on that are scored, the last one
+    up to `end`. Returns where the next one begins. Ranks by logits are made of them before."""
+    group, kv_head = largest.shape[2], b * ranks.shape[1] + h
     own = address(logits) + b * logits.strides[0] + h * group * logits.strides[1]
     to = address(ranks) + b * ranks.strides[0] + h * ranks.strides[1]
-    for g in range(group):
-        largest[task, g] = largest_logit(own + g * logits.strides[1] + 4 * begin, n)
-    if mode == OF_LOGITS:
-        copy_floats(to + 4 * begin, own + 4 * begin, n)
-        for g in range(1, group):
-            add_floats(to + 4 * begin, own + g * logits.strides[1] + 4 * begin, n)
-    for g in range(group):
-        high = largest[task, g]
-        here = own + g * logits.strides[1] + 4 * begin
-        total[task, g] = exp_floats(here, n, high) if high > -np.inf else np.float32(0.0)
-    if count_down(address(unfinished) + 8 * kv_head) == 0:
-        first, parts = kv_head * most, (stop[b] + tokens - 1) // tokens
-        _normalise(largest[first : first + parts], total[first : first + parts])
-        of = (own, logits.strides[1], tokens, largest[first : first + parts])
-        chosen = rows[b, h], weights[b, h * group : (h + 1) * group]
-        _choose_rows(np.int64(stop[b]), *of, to, mode, local, *chosen)
-        if len(counts) > 0:
-            _keep_heavy(*chosen, np.int64(stop[b]), local, least, counts[b, h])
+    while weighed < end and min(weighed + TILE, end) <= scored:
+        n, tile = min(TILE, end - weighed), weighed // TILE
+        for g in range(group):
+            here = own + g * logits.strides[1] + 4 * weighed
+            high = largest_logit(here, n)
+            if mode == OF_LOGITS and g == 0:
+                copy_floats(to + 4 * weighed, here, n)
+            elif mode == OF_LOGITS:
+                add_floats(to + 4 * weighed, here, n)
+            largest[kv_head, tile, g] = high
+            total[kv_head, tile, g] = exp_floats(here, n, high) if high > -np.inf else np.float32(0.0)
+        weighed += TILE
+    return weighed
+
+
+@kernel
+def finish_part(  # type: ignore[no-untyped-def]
+    b, h, stop, logits, largest, total, ranks, mode, unfinished, local, rows, weights, least, counts
+):
+    """The last part of a KV head makes a choice of its exponentials, the logits that were."""
+    group, kv_head, n = largest.shape[2], b * ranks.shape[1] + h, np.int64(stop[b])
+    if count_down(address(unfinished) + 8 * kv_head) > 0:
+        return
+    own = address(logits) + b * logits.strides[0] + h * group * logits.strides[1]
+    to = address(ranks) + b * ranks.strides[0] + h * ranks.strides[1]
+    factors, chosen = largest[kv_head, : (n + TILE - 1) // TILE], (rows[b, h], weights[b, h * group : (h + 1) * group])
+    _normalise(factors, total[kv_head])
+    _choose_rows(n, own, logits.strides[1], factors, to, mode, local, *chosen)
+    if len(counts) > 0:
+        _keep_heavy(*chosen, n, local, least, counts[b, h])
 
 
 @kernel
 def _normalise(largest, total):  # type: ignore[no-untyped-def]
-    """largest [parts, group] become what exponentials must be multiplied by: 0 if one of the sums is NaN."""
+    """largest [tiles, group] become what exponentials must be multiplied by: 0 if one of the sums is NaN."""
     for g in range(largest.shape[1]):
         high, mass = np.float32(-np.inf), np.float32(0.0)
-        for part in range(len(largest)):
-            high = max(high, largest[part, g])
-        for part in range(len(largest)):
-            largest[part, g] = exp(largest[part, g] - high) if total[part, g] != 0 else np.float32(0.0)
-            mass += largest[part, g] * total[part, g]
-        for part in range(len(largest)):
-            largest[part, g] = largest[part, g] / mass if mass > 0 else np.float32(0.0)
+        for tile in range(len(largest)):
+            high = max(high, largest[tile, g])
+        for tile in range(len(largest)):
+            largest[tile, g] = exp(largest[tile, g] - high) if total[tile, g] != 0 else np.float32(0.0)
+            mass += largest[tile, g] * total[tile, g]
+        for tile in range(len(largest)):
+            largest[tile, g] = largest[tile, g] / mass if mass > 0 else np.float32(0.0)
 
 
 @kernel
-def _choose_rows(n, own, own_bytes, tokens, factors, ranks, mode, local, rows, weights):  # type: ignore[no-untyped-def]
+def _choose_rows(n, own, own_bytes, factors, ranks, mode, local, rows, weights):  # type: ignore[no-untyped-def]
     """rows [k]: the largest of n ranks, and their probabilities, weights [group, k].
 
-    own: address of exponentials [group, n], to be multiplied by factors [n / tokens, group]. ranks: that of n float32.
+    own: address of exponentials [group, n], to be multiplied by factors [tiles, group]. ranks: that of n float32.
     """
     group, k = weights.shape
     if mode == OF_PROBABILITIES:
-        for part in range(len(factors)):
-            begin = part * tokens
+        ranks = own if group == 1 else ranks  # of one query head the probabilities are the ranks
+        for tile in range(len(factors)):
+            begin = tile * TILE
             for g in range(group):
                 here = own + g * own_bytes + 4 * begin
-                add_scaled(ranks + 4 * begin, here, min(tokens, n - begin), factors[part, g], g > 0)
+                add_scaled(ranks + 4 * begin, here, min(TILE, n - begin), factors[tile, g], g > 0)
     choose_largest(ranks, n, k, 0, local, rows)
+    if ranks == own:
+        factors[:] = 1.0
     for g in range(group):
+        tile = 0
         for i in range(min(n, k)):
-            p = float_at(own + g * own_bytes, rows[i]) * factors[rows[i] // tokens, g]
+            while rows[i] >= (tile + 1) * TILE:
+                tile += 1
+            p = float_at(own + g * own_bytes, rows[i]) * factors[tile, g]
             weights[g, i] = p if p > 0 else np.float32(0.0)
 
 
@@ -255,7 +282,9 @@ def choose_components(q, r, run_bytes, offsets, factors, task):  # type: ignore[
 
 
 @kernel
-def _score_few(index, stop, tokens, most, r, offsets, factors, heads, logits, of, task):  # type: ignore[no-untyped-def]
+def _score_few(  # type: ignore[no-untyped-def]
+    index, stop, tokens, most, r, offsets, factors, heads, of_tiles, of_choice, task
+):
     group, n_head_kv, block = factors.shape[2], index.shape[1], index.shape[4]
     b, h, begin, end = part(task, tokens, most, n_head_kv, stop)
     if begin >= end:
@@ -263,6 +292,7 @@ def _score_few(index, stop, tokens, most, r, offsets, factors, heads, logits, of
     kv_head = b * n_head_kv + h
     chosen, by = address(offsets) + kv_head * offsets.strides[0], address(factors) + kv_head * factors.strides[0]
     head = address(index) + b * index.strides[0] + h * index.strides[1]
+    logits, weighed = of_tiles[0], begin
     own = address(logits) + b * logits.strides[0] + h * group * logits.strides[1]
     for tile in range(begin, end, TILE):
         where = head + tile // block * index.strides[2] + tile % block * index.strides[4]
@@ -271,7 +301,8 @@ def _score_few(index, stop, tokens, most, r, offsets, factors, heads, logits, of
         for g in range(0, group, len(heads)):
             to, n = own + g * logits.strides[1] + 4 * tile, min(TILE, end - tile)
             add_runs(index, where, ahead, chosen, by + 4 * g, group, r, n, to, logits.strides[1], heads)
-    finish_part(b, h, begin, end, stop, tokens, most, task, logits, *of)
+        weighed = weigh(b, h, weighed, min(tile + TILE, end), end, *of_tiles)
+    finish_part(b, h, stop, *of_tiles, *of_choice)
 
 
 @kernel
@@ -290,30 +321,33 @@ def approximate_top_k(  # type: ignore[no-untyped-def]
     chosen = (unowned(offsets), unowned(factors))
     share(crew, n_seq * n_head_kv, choose_components, (unowned(q), r, index.strides[3], *chosen))
     tokens, most = part_tokens(stop, n_head_kv)
-    tasks = n_seq * n_head_kv * most
-    largest, total = np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
-    unfinished, mode = parts_of_heads(stop, tokens, n_head_kv), OF_LOGITS if sum_logits else OF_PROBABILITIES
-    of = (unowned(largest), unowned(total), unowned(unfinished), unowned(ranks), mode)
-    of_head = (*of, local, unowned(rows), unowned(weights), least, unowned(counts))
-    args = (unowned(index), unowned(stop), tokens, most, r, *chosen, heads, unowned(logits))
-    share(crew, tasks, _score_few, (*args, of_head))
-    hold((offsets, factors, largest, total, unfinished))
+    tiles, unfinished = tiles_of_heads(stop, n_head_kv, group), parts_of_heads(stop, tokens, n_head_kv)
+    mode = OF_LOGITS if sum_logits else OF_PROBABILITIES
+    of_tiles = (unowned(logits), unowned(tiles[0]), unowned(tiles[1]), unowned(ranks), mode)
+    of_choice = (unowned(unfinished), local, unowned(rows), unowned(weights), least, unowned(counts))
+    args = (unowned(index), unowned(stop), tokens, most, r, *chosen, heads, of_tiles, of_choice)
+    share(crew, n_seq * n_head_kv * most, _score_few, args)
+    hold((offsets, factors, tiles, unfinished))
 
 
 # -- by whole keys -----------------------------------------------------------------------------------------------------
 
 
 @kernel
-def _score_all(q, k, stop, scale, tokens, most, vectors, heads, logits, of, task):  # type: ignore[no-untyped-def]
+def _score_all(  # type: ignore[no-untyped-def]
+    q, k, stop, scale, tokens, most, vectors, heads, of_tiles, of_choice, task
+):
     n_head_kv, group = k.shape[1], q.shape[1] // k.shape[1]
     b, h, begin, end = part(task, tokens, most, n_head_kv, stop)
     if begin >= end:
         return
+    logits, weighed = of_tiles[0], begin
     for first in range(begin, end, ROWS):
         to, n = logits[b, :, first:], min(ROWS, end - first)
         for g in range(h * group, (h + 1) * group, len(heads)):
             score_rows(k, b, h, first, n, q, g, scale, to, g, k, ROWS, vectors, heads)
-    finish_part(b, h, begin, end, stop, tokens, most, task, logits, *of)
+        weighed = weigh(b, h, weighed, first + n, end, *of_tiles)
+    finish_part(b, h, stop, *of_tiles, *of_choice)
 
 
 @kernel
@@ -324,12 +358,10 @@ def exact_top_k(crew, q, k, stop, scale, vectors, heads, logits, ranks, rows, we
     """
     n_seq, n_head_kv, group = k.shape[0], k.shape[1], q.shape[1] // k.shape[1]
     tokens, most = part_tokens(stop, n_head_kv)
-    tasks = n_seq * n_head_kv * most
-    largest, total = np.empty((tasks, group), np.float32), np.empty((tasks, group), np.float32)
-    unfinished = parts_of_heads(stop, tokens, n_head_kv)
-    of = (unowned(largest), unowned(total), unowned(unfinished), unowned(ranks), OF_PROBABILITIES)
-    of_head = (*of, 0, unowned(rows), unowned(weights), np.float32(0.0), unowned(counts))
+    tiles, unfinished = tiles_of_heads(stop, n_head_kv, group), parts_of_heads(stop, tokens, n_head_kv)
+    of_tiles = (unowned(logits), unowned(tiles[0]), unowned(tiles[1]), unowned(ranks), OF_PROBABILITIES)
+    of_choice = (unowned(unfinished), 0, unowned(rows), unowned(weights), np.float32(0.0), unowned(counts))
     queries = queries_for(k, q)
-    args = (unowned(queries), unowned(k), unowned(stop), scale, tokens, most, vectors, heads, unowned(logits))
-    share(crew, tasks, _score_all, (*args, of_head))
-    hold((queries, largest, total, unfinished))
+    args = (unowned(queries), unowned(k), unowned(stop), scale, tokens, most, vectors, heads, of_tiles, of_choice)
+    share(crew, n_seq * n_head_kv * most, _score_all, args)
+    hold((queries, tiles, unfinished))

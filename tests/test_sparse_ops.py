@@ -285,6 +285,7 @@ def orders(n: int) -> dict[str, np.ndarray]:
         "softmax": np.exp(9 * x) / np.exp(9 * x).sum(),
         "both zeros": np.where(some, np.float32(0.0), np.float32(-0.0)),
         "hidden from subsets": np.float32([np.where(places % 512 == 5, places, 0), places % 16]),
+        "of the sample": np.float32([places % 256 < 16, places % 256 >= 16]) * (2 + x),
         "infinite": np.where(some, np.float32(np.inf), x),
         "negative and infinite": np.where(some, np.float32(-np.inf), -np.abs(x)),
         "NaN": np.where(some, np.float32(np.nan), x),
@@ -301,7 +302,10 @@ def test_top_k(ops: Any, order: str, n: int) -> None:
     ranks = np.stack([orders(n)[order], orders(n)[order][::-1] * np.float32(0.5)])
     stop = int32(n, n - n // 4)
     chosen = [(1, 0, 0), (16, 0, 0), (16, 3, 5), (40, 40, 0), (40, 0, 40), (100, 1, 0), (n, 0, 0), (2000, 0, 9)]
+    chosen += [(n // 12, 0, 0), (n // 3, 1, 1)]
     for k, head, tail in chosen:
+        if k < head + tail or k == 0:
+            continue
         ours, truth = ops.to_host(ops.top_k(ranks, stop, k, head, tail)), TRUTH.top_k(ranks, stop, k, head, tail)
         assert ours.dtype == np.int32
         for a, b in zip(until(stop, ours), until(stop, truth), strict=True):
