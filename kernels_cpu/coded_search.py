@@ -19,6 +19,17 @@ from numba.extending import intrinsic
 from minirt.ops import CODED_UNIT
 
 from .block_products import queries_for
+from .choice import (
+    OF_LOGITS,
+    OF_PROBABILITIES,
+    finish_part,
+    logits_of,
+    part,
+    part_tokens,
+    parts_of_heads,
+    tiles_of_heads,
+    weigh,
+)
 from .coded_index import PARTS, RUN
 from .compiled import kernel
 from .crew import share
@@ -43,19 +54,7 @@ from .ir_vectors import (
 from .memory import LINE
 from .pointers import address
 from .rotation import rotate_rows
-from .sparse import (
-    OF_LOGITS,
-    OF_PROBABILITIES,
-    ROWS,
-    TOGETHER,
-    choose_components,
-    finish_part,
-    part,
-    part_tokens,
-    parts_of_heads,
-    tiles_of_heads,
-    weigh,
-)  # fmt: skip
+from .sparse import ROWS, TOGETHER, choose_components
 from .tiles import score_rows
 from .unowned import hold, unowned
 
@@ -176,8 +175,8 @@ def _choose(q, r, run_bytes, offsets, factors, few, task):  # type: ignore[no-un
 
 @kernel
 def _score(  # type: ignore[no-untyped-def]
-    codes, scales, k, few, stop, tokens, most, r, offsets, factors, coded_heads, vectors, heads, of_tiles, of_choice,
-    task,
+    codes, scales, k, few, stop, tokens, most, r, offsets, factors, coded_heads, vectors, heads, logits,
+    of_tiles, of_choice, task,
 ):  # fmt: skip
     group, n_head_kv, block = factors.shape[2], codes.shape[1], PARTS * codes.shape[4]
     b, h, begin, end = part(task, tokens, most, n_head_kv, stop)
@@ -185,8 +184,7 @@ def _score(  # type: ignore[no-untyped-def]
         return
     kv_head, coded = b * n_head_kv + h, max(begin, min(end, stop[b] // CODED_UNIT * CODED_UNIT))
     chosen, by = address(offsets) + kv_head * offsets.strides[0], address(factors) + kv_head * factors.strides[0]
-    logits, weighed = of_tiles[0], begin
-    own = address(logits) + b * logits.strides[0] + h * group * logits.strides[1]
+    (own, own_bytes), weighed = logits_of(logits, b, h, group), begin
     head = address(codes) + b * codes.strides[0] + h * codes.strides[1]
     head_scales = address(scales) + b * scales.strides[0] + h * scales.strides[1]
     room = np.empty((r, len(coded_heads), UNITS), np.float32)
@@ -199,15 +197,15 @@ def _score(  # type: ignore[no-untyped-def]
         scales_at = head_scales + tile // block * scales.strides[2] + tile % block // CODED_UNIT * scales.strides[4]
         for g in range(0, group, len(coded_heads)):
             of_runs = (where, ahead, scales_at, chosen, by + 4 * g, group, r, n // RUN)
-            add_codes(*of_runs, own + g * logits.strides[1] + 4 * tile, logits.strides[1], address(room), coded_heads)
+            add_codes(*of_runs, own + g * own_bytes + 4 * tile, own_bytes, address(room), coded_heads)
         tile += n
-        weighed = weigh(b, h, weighed, tile, end, *of_tiles)
+        weighed = weigh(b, h, weighed, tile, end, own, own_bytes, *of_tiles)
     for first in range(coded, end, ROWS):
         columns, n = logits[b, :, first:], min(ROWS, end - first)
         for g in range(h * group, (h + 1) * group, len(heads)):
             score_rows(k, b, h, first, n, few, g, np.float32(1.0), columns, g, k, ROWS, vectors, heads)
-        weighed = weigh(b, h, weighed, first + n, end, *of_tiles)
-    finish_part(b, h, stop, *of_tiles, *of_choice)
+        weighed = weigh(b, h, weighed, first + n, end, own, own_bytes, *of_tiles)
+    finish_part(b, h, stop, own, own_bytes, *of_tiles, *of_choice)
 
 
 @kernel
@@ -232,8 +230,9 @@ def approximate_top_k(  # type: ignore[no-untyped-def]
     tokens, most = part_tokens(stop, n_head_kv)
     tiles, unfinished = tiles_of_heads(stop, n_head_kv, group), parts_of_heads(stop, tokens, n_head_kv)
     mode = OF_LOGITS if sum_logits else OF_PROBABILITIES
-    of_tiles = (unowned(logits), unowned(tiles[0]), unowned(tiles[1]), unowned(ranks), mode)
+    of_tiles = (unowned(tiles[0]), unowned(tiles[1]), unowned(ranks), mode)
     of_choice = (unowned(unfinished), local, unowned(rows), unowned(weights), least, unowned(counts))
     args = (unowned(codes), unowned(scales), unowned(k), unowned(queries), unowned(stop), tokens, most, r, *chosen)
-    share(crew, n_seq * n_head_kv * most, _score, (*args, coded_heads, vectors, heads, of_tiles, of_choice))
+    how = coded_heads, vectors, heads
+    share(crew, n_seq * n_head_kv * most, _score, (*args, *how, unowned(logits), of_tiles, of_choice))
     hold((offsets, factors, queries, tiles, unfinished))

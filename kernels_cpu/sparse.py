@@ -3,11 +3,6 @@
 The index keeps the components of keys apart: [B, H_kv, blocks, d, tokens], where a component of a block of tokens is
 one run of memory. The lanes of a vector are tokens, so a logit needs no sum over lanes, and components that were not
 chosen are not touched. A number of the index is read, and converted, once for all query heads that share it.
-
-Tokens are cut into parts of the same length, whatever the number of threads: whole heads, if there are enough of them,
-because what another core has written is far away. A part is scored a tile at a time. Each tile keeps its own maximum
-and sum of exponentials (arXiv 1805.02867), which are made while memory brings the next one. Whoever ends the last part
-of a KV head makes ranks of them and chooses.
 """
 
 from __future__ import annotations
@@ -22,22 +17,30 @@ from numba.extending import intrinsic
 
 from .block_products import queries_for
 from .blocks import BY_RECORD
+from .choice import (
+    OF_LOGITS,
+    OF_PROBABILITIES,
+    TILE,
+    finish_part,
+    logits_of,
+    part,
+    part_tokens,
+    parts_of_heads,
+    tiles_of_heads,
+    weigh,
+    whole_tiles,
+)
 from .compiled import kernel
 from .crew import share
 from .ir_vectors import F32, I64, LANES, Value, at, constant, load, multiply_add, prefetch_line, splat, store, vector
 from .memory import LINE
-from .pointers import add_floats, address, copy_floats, float_at
-from .selection import choose_largest, keep_largest, keys_of
-from .softmax import add_scaled, exp, exp_floats, largest_logit
+from .pointers import address
+from .selection import keep_largest, keys_of
 from .tiles import cached_vectors, score_rows
 from .unowned import hold, unowned
 
-TASKS = 16
-TILE = 512
 ROWS = 64  # of whole keys that are scored for some heads, then for others, while they are in the first cache
 TOGETHER = 4  # runs that pass by at once: memory keeps up with as many streams
-
-OF_PROBABILITIES, OF_LOGITS = range(2)
 
 
 @intrinsic
@@ -104,154 +107,6 @@ def add_runs(
     return types.void(index, i, i, i, i, i, i, i, i, i, heads), codegen
 
 
-# -- parts -------------------------------------------------------------------------------------------------------------
-
-
-@kernel
-def part_tokens(stop, heads):  # type: ignore[no-untyped-def]
-    """Tokens in a part, a multiple of TILE; and the parts of the longest sequence."""
-    total, longest = 0, 0
-    for n in stop:
-        total, longest = total + n, max(longest, n)
-    tokens = max(total * heads // TASKS // TILE * TILE, TILE)
-    return tokens, (longest + tokens - 1) // tokens
-
-
-@kernel
-def part(task, tokens, most, heads, stop):  # type: ignore[no-untyped-def]
-    """Sequence, KV head, first token and the one after the last (not above the first if there is none)."""
-    b, begin = task // (most * heads), task % most * tokens
-    return b, task // most % heads, begin, min(begin + tokens, np.int64(stop[b]))
-
-
-@kernel
-def parts_of_heads(stop, tokens, heads):  # type: ignore[no-untyped-def]
-    found = np.empty(len(stop) * heads, np.int64)
-    for i in range(len(found)):
-        found[i] = (stop[i // heads] + tokens - 1) // tokens
-    return found
-
-
-@intrinsic
-def count_down(typingctx: Any, where: Any) -> Any:
-    """Takes 1 from the int64 at an address and returns what is left; whoever sees 0 sees all that was done before."""
-
-    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
-        place = b.inttoptr(args[0], I64.as_pointer())
-        return b.sub(b.atomic_rmw("sub", place, I64(1), "acq_rel"), I64(1))
-
-    return types.int64(types.int64), codegen
-
-
-@kernel
-def tiles_of_heads(stop, heads, group):  # type: ignore[no-untyped-def]
-    """Room for the maxima of logits and the sums of exponentials: float32 [2, B H_kv, tiles, group]."""
-    longest = 0
-    for n in stop:
-        longest = max(longest, n)
-    return np.empty((2, len(stop) * heads, (longest + TILE - 1) // TILE, group), np.float32)
-
-
-@kernel
-def weigh(b, h, weighed, scored, end, logits, largest, total, ranks, mode):  # type: ignore[no-untyped-def]
-    """Logits [B, H_q, slots] of a KV head become exponentials: of tiles from `weighed` on that are scored, the last one
-    up to `end`. Returns where the next one begins. Ranks by logits are made of them before."""
-    group, kv_head = largest.shape[2], b * ranks.shape[1] + h
-    own = address(logits) + b * logits.strides[0] + h * group * logits.strides[1]
-    to = address(ranks) + b * ranks.strides[0] + h * ranks.strides[1]
-    while weighed < end and min(weighed + TILE, end) <= scored:
-        n, tile = min(TILE, end - weighed), weighed // TILE
-        for g in range(group):
-            here = own + g * logits.strides[1] + 4 * weighed
-            high = largest_logit(here, n)
-            if mode == OF_LOGITS and g == 0:
-                copy_floats(to + 4 * weighed, here, n)
-            elif mode == OF_LOGITS:
-                add_floats(to + 4 * weighed, here, n)
-            largest[kv_head, tile, g] = high
-            total[kv_head, tile, g] = exp_floats(here, n, high) if high > -np.inf else np.float32(0.0)
-        weighed += TILE
-    return weighed
-
-
-@kernel
-def finish_part(  # type: ignore[no-untyped-def]
-    b, h, stop, logits, largest, total, ranks, mode, unfinished, local, rows, weights, least, counts
-):
-    """The last part of a KV head makes a choice of its exponentials, the logits that were."""
-    group, kv_head, n = largest.shape[2], b * ranks.shape[1] + h, np.int64(stop[b])
-    if count_down(address(unfinished) + 8 * kv_head) > 0:
-        return
-    own = address(logits) + b * logits.strides[0] + h * group * logits.strides[1]
-    to = address(ranks) + b * ranks.strides[0] + h * ranks.strides[1]
-    factors, chosen = largest[kv_head, : (n + TILE - 1) // TILE], (rows[b, h], weights[b, h * group : (h + 1) * group])
-    _normalise(factors, total[kv_head])
-    _choose_rows(n, own, logits.strides[1], factors, to, mode, local, *chosen)
-    if len(counts) > 0:
-        _keep_heavy(*chosen, n, local, least, counts[b, h])
-
-
-@kernel
-def _normalise(largest, total):  # type: ignore[no-untyped-def]
-    """largest [tiles, group] become what exponentials must be multiplied by: 0 if one of the sums is NaN."""
-    for g in range(largest.shape[1]):
-        high, mass = np.float32(-np.inf), np.float32(0.0)
-        for tile in range(len(largest)):
-            high = max(high, largest[tile, g])
-        for tile in range(len(largest)):
-            largest[tile, g] = exp(largest[tile, g] - high) if total[tile, g] != 0 else np.float32(0.0)
-            mass += largest[tile, g] * total[tile, g]
-        for tile in range(len(largest)):
-            largest[tile, g] = largest[tile, g] / mass if mass > 0 else np.float32(0.0)
-
-
-@kernel
-def _choose_rows(n, own, own_bytes, factors, ranks, mode, local, rows, weights):  # type: ignore[no-untyped-def]
-    """rows [k]: the largest of n ranks, and their probabilities, weights [group, k].
-
-    own: address of exponentials [group, n], to be multiplied by factors [tiles, group]. ranks: that of n float32.
-    """
-    group, k = weights.shape
-    if mode == OF_PROBABILITIES:
-        ranks = own if group == 1 else ranks  # of one query head the probabilities are the ranks
-        for tile in range(len(factors)):
-            begin = tile * TILE
-            for g in range(group):
-                here = own + g * own_bytes + 4 * begin
-                add_scaled(ranks + 4 * begin, here, min(TILE, n - begin), factors[tile, g], g > 0)
-    choose_largest(ranks, n, k, 0, local, rows)
-    if ranks == own:
-        factors[:] = 1.0
-    for g in range(group):
-        tile = 0
-        for i in range(min(n, k)):
-            while rows[i] >= (tile + 1) * TILE:
-                tile += 1
-            p = float_at(own + g * own_bytes, rows[i]) * factors[tile, g]
-            weights[g, i] = p if p > 0 else np.float32(0.0)
-
-
-@kernel
-def _keep_heavy(rows, weights, stop, local, least, counts):  # type: ignore[no-untyped-def]
-    """Of rows [k] of a text of `stop` tokens and weights [group, k], those that stay become the first: see Ops."""
-    group, k = weights.shape
-    if stop <= k:
-        counts[0] = stop
-        return
-    bound, kept = least * np.float32(group), 0
-    for i in range(k):
-        total = np.float32(0.0)
-        for g in range(group):
-            total += weights[g, i]
-        rows[kept] = rows[i]
-        for g in range(group):
-            weights[g, kept] = weights[g, i]
-        kept += total >= bound or rows[i] >= stop - local
-    counts[0] = kept
-    counts[1] += kept
-    counts[2] += 1
-
-
 # -- by a few components -----------------------------------------------------------------------------------------------
 
 
@@ -283,7 +138,7 @@ def choose_components(q, r, run_bytes, offsets, factors, task):  # type: ignore[
 
 @kernel
 def _score_few(  # type: ignore[no-untyped-def]
-    index, stop, tokens, most, r, offsets, factors, heads, of_tiles, of_choice, task
+    index, stop, tokens, most, r, offsets, factors, heads, logits, of_tiles, of_choice, task
 ):
     group, n_head_kv, block = factors.shape[2], index.shape[1], index.shape[4]
     b, h, begin, end = part(task, tokens, most, n_head_kv, stop)
@@ -292,17 +147,21 @@ def _score_few(  # type: ignore[no-untyped-def]
     kv_head = b * n_head_kv + h
     chosen, by = address(offsets) + kv_head * offsets.strides[0], address(factors) + kv_head * factors.strides[0]
     head = address(index) + b * index.strides[0] + h * index.strides[1]
-    logits, weighed = of_tiles[0], begin
-    own = address(logits) + b * logits.strides[0] + h * group * logits.strides[1]
+    # Of a head that is one part they are in memory that this core had for the last one, and need not leave its cache.
+    alone = np.empty((group, whole_tiles(end) if most == 1 else 0), np.float32)
+    (own, own_bytes), weighed = logits_of(logits, b, h, group), begin
+    if most == 1:
+        own, own_bytes = address(alone), alone.strides[0]
     for tile in range(begin, end, TILE):
         where = head + tile // block * index.strides[2] + tile % block * index.strides[4]
         later = tile + TILE if tile + TILE < end else tile
         ahead = head + later // block * index.strides[2] + later % block * index.strides[4]
         for g in range(0, group, len(heads)):
-            to, n = own + g * logits.strides[1] + 4 * tile, min(TILE, end - tile)
-            add_runs(index, where, ahead, chosen, by + 4 * g, group, r, n, to, logits.strides[1], heads)
-        weighed = weigh(b, h, weighed, min(tile + TILE, end), end, *of_tiles)
-    finish_part(b, h, stop, *of_tiles, *of_choice)
+            to, n = own + g * own_bytes + 4 * tile, min(TILE, end - tile)
+            add_runs(index, where, ahead, chosen, by + 4 * g, group, r, n, to, own_bytes, heads)
+        weighed = weigh(b, h, weighed, min(tile + TILE, end), end, own, own_bytes, *of_tiles)
+    finish_part(b, h, stop, own, own_bytes, *of_tiles, *of_choice)
+    hold((alone,))
 
 
 @kernel
@@ -323,9 +182,9 @@ def approximate_top_k(  # type: ignore[no-untyped-def]
     tokens, most = part_tokens(stop, n_head_kv)
     tiles, unfinished = tiles_of_heads(stop, n_head_kv, group), parts_of_heads(stop, tokens, n_head_kv)
     mode = OF_LOGITS if sum_logits else OF_PROBABILITIES
-    of_tiles = (unowned(logits), unowned(tiles[0]), unowned(tiles[1]), unowned(ranks), mode)
+    of_tiles = (unowned(tiles[0]), unowned(tiles[1]), unowned(ranks), mode)
     of_choice = (unowned(unfinished), local, unowned(rows), unowned(weights), least, unowned(counts))
-    args = (unowned(index), unowned(stop), tokens, most, r, *chosen, heads, of_tiles, of_choice)
+    args = (unowned(index), unowned(stop), tokens, most, r, *chosen, heads, unowned(logits), of_tiles, of_choice)
     share(crew, n_seq * n_head_kv * most, _score_few, args)
     hold((offsets, factors, tiles, unfinished))
 
@@ -335,19 +194,19 @@ def approximate_top_k(  # type: ignore[no-untyped-def]
 
 @kernel
 def _score_all(  # type: ignore[no-untyped-def]
-    q, k, stop, scale, tokens, most, vectors, heads, of_tiles, of_choice, task
+    q, k, stop, scale, tokens, most, vectors, heads, logits, of_tiles, of_choice, task
 ):
     n_head_kv, group = k.shape[1], q.shape[1] // k.shape[1]
     b, h, begin, end = part(task, tokens, most, n_head_kv, stop)
     if begin >= end:
         return
-    logits, weighed = of_tiles[0], begin
+    own, weighed = logits_of(logits, b, h, group), begin
     for first in range(begin, end, ROWS):
         to, n = logits[b, :, first:], min(ROWS, end - first)
         for g in range(h * group, (h + 1) * group, len(heads)):
             score_rows(k, b, h, first, n, q, g, scale, to, g, k, ROWS, vectors, heads)
-        weighed = weigh(b, h, weighed, first + n, end, *of_tiles)
-    finish_part(b, h, stop, *of_tiles, *of_choice)
+        weighed = weigh(b, h, weighed, first + n, end, *own, *of_tiles)
+    finish_part(b, h, stop, *own, *of_tiles, *of_choice)
 
 
 @kernel
@@ -359,9 +218,9 @@ def exact_top_k(crew, q, k, stop, scale, vectors, heads, logits, ranks, rows, we
     n_seq, n_head_kv, group = k.shape[0], k.shape[1], q.shape[1] // k.shape[1]
     tokens, most = part_tokens(stop, n_head_kv)
     tiles, unfinished = tiles_of_heads(stop, n_head_kv, group), parts_of_heads(stop, tokens, n_head_kv)
-    of_tiles = (unowned(logits), unowned(tiles[0]), unowned(tiles[1]), unowned(ranks), OF_PROBABILITIES)
+    of_tiles = (unowned(tiles[0]), unowned(tiles[1]), unowned(ranks), OF_PROBABILITIES)
     of_choice = (unowned(unfinished), 0, unowned(rows), unowned(weights), np.float32(0.0), unowned(counts))
     queries = queries_for(k, q)
-    args = (unowned(queries), unowned(k), unowned(stop), scale, tokens, most, vectors, heads, of_tiles, of_choice)
-    share(crew, n_seq * n_head_kv * most, _score_all, args)
+    args = (unowned(queries), unowned(k), unowned(stop), scale, tokens, most, vectors, heads, unowned(logits))
+    share(crew, n_seq * n_head_kv * most, _score_all, (*args, of_tiles, of_choice))
     hold((queries, tiles, unfinished))
