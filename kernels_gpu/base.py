@@ -140,6 +140,7 @@ class BaseOps:
             self._recording = None
             if again is None:
                 self._scratch = scratch  # counters that were made for the recording are not zeros before it is played
+                recording.renew()  # a policy may have kept turns that were made for it
         return (step(self) if again is None else found[0]), again  # type: ignore[arg-type]
 
 
@@ -150,6 +151,7 @@ class _Recording:
         self.device = device
         self.held: list[Any] = []  # scratch, which must live as long as the recorded launches
         self.pairs: dict[int, tuple[np.ndarray, Array]] = {}
+        self.there: dict[int, bytes] = {}  # what lies in these places
 
     def place(self, host: np.ndarray) -> Array:
         if id(host) not in self.pairs:
@@ -157,18 +159,18 @@ class _Recording:
         return self.pairs[id(host)][1]
 
     def player(self, run: Callable[[], None]) -> Callable[[], None]:
-        pairs, held, device = list(self.pairs.values()), self.held, self.device
-        last = [b""] * len(pairs)  # what lies there
-
         def play() -> None:
-            assert held is not None
-            for i, (host, array) in enumerate(pairs):
-                if last[i] != (now := host.tobytes()):
-                    device.refresh(host, array)
-                    last[i] = now
+            self.renew()
             run()
 
         return play
+
+    def renew(self) -> None:
+        """Brings what has changed on the host to the device."""
+        for key, (host, array) in self.pairs.items():
+            if self.there.get(key) != (now := host.tobytes()):
+                self.device.refresh(host, array)
+                self.there[key] = now
 
 
 def _three(sizes: tuple[int, ...]) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ struct Coder {
     float rows[WORDS][D], least[D], inverse[D];
 };
 
-// Rows first ... first + WORDS - 1 as they were given. All threads of a block call; ends with a barrier.
+// Rows first ... first + WORDS - 1 as they were given. All threads of a block call; begins and ends with a barrier.
 DEVICE void load_rows(const Rows& k, i64 first, Coder& c) {
     constexpr int CHUNKS = (D + 7) / 8;
     __syncthreads();
@@ -28,7 +28,8 @@ DEVICE void load_rows(const Rows& k, i64 first, Coder& c) {
     if constexpr (K_ROTATED) rotate<D>(&c.rows[0][0], WORDS);
 }
 
-// The scale and the least number of each component of a unit, to scales [D, units of a block, 2].
+// The scale and the least number of each component of a unit, to scales [D, units of a block, 2] and, for all after the
+// next barrier, to the coder.
 DEVICE void find_scales(const Rows& k, i64 first, u16* scales, int span, Coder& c) {
     for (int begin = 0; begin < D; begin += THREADS) {
         const int j = begin + threadIdx.x;
@@ -48,7 +49,6 @@ DEVICE void find_scales(const Rows& k, i64 first, u16* scales, int span, Coder& 
         c.inverse[j] = to_float(scale) == 0.0f ? 0.0f : __fdiv_rn(1.0f, to_float(scale));
         scales[2 * i64(j) * span] = scale, scales[2 * i64(j) * span + 1] = least;
     }
-    __syncthreads();
 }
 
 DEVICE u32 code_of(float x, float least, float inverse) {

@@ -75,9 +75,9 @@ DEVICE void score_unit(
     if (c.sums) put_sums<1>(c, first + 8 * lane_id(), sums);
 }
 
-// The queries become what whole rows are multiplied with: factors, and 0 of other components.
+// The queries, which score_unit does not read, become what whole rows are multiplied with: factors, and 0 of other
+// components. All threads of a block call; ends with a barrier.
 DEVICE void spread_factors(Components& few, int r) {
-    __syncthreads();
     for (int i = threadIdx.x; i < GROUP * D; i += THREADS) few.q[i / D][i % D] = 0.0f;
     __syncthreads();
     for (int i = threadIdx.x; i < GROUP * r; i += THREADS)

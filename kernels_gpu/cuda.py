@@ -64,7 +64,7 @@ class CudaDevice:
 
     def _allocated(self, make: Callable[..., Array], *args: Any) -> Array:
         """make(*args). ModelError if the card has no room, after which all that was there still is."""
-        self._stream.use()  # of this thread too: every pass through a model begins here
+        self._stream.use()  # of this thread too: every pass through a model begins here, or with `refresh`
         try:
             return make(*args)
         except (RuntimeError, self._cupy.cuda.memory.OutOfMemoryError) as e:
@@ -127,10 +127,16 @@ class CudaDevice:
         return launch
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
-        # A pool of its own: what run() drops would else be given to others, and the graph goes on writing there.
-        pool = self._cupy.cuda.MemoryPool()
+        pool, memory = self._cupy.get_default_memory_pool(), []
+
+        def kept(n_bytes: int) -> Any:
+            # What run() drops would else be given to others, or to a later part of it, to which numbers of the host are
+            # brought before all of it is done; and the graph goes on writing there.
+            memory.append(pool.malloc(n_bytes))
+            return memory[-1]
+
         try:
-            with self._cupy.cuda.using_allocator(pool.malloc):
+            with self._cupy.cuda.using_allocator(kept):
                 self._stream.begin_capture()
                 try:
                     run()
@@ -139,7 +145,7 @@ class CudaDevice:
         except (ModelError, RuntimeError):
             return None
 
-        def launch(pool: Any = pool) -> None:
+        def launch(memory: Any = memory) -> None:
             try:
                 graph.launch(self._stream)
             except RuntimeError as e:
@@ -148,7 +154,11 @@ class CudaDevice:
         return launch
 
     def refresh(self, host: np.ndarray, array: Array) -> None:
-        array.set(host)
+        self._stream.use()  # of this thread too: a pass that was recorded begins here
+        try:
+            array.set(host)
+        except RuntimeError as e:
+            raise self._failure(e) from None
 
     def synchronize(self) -> None:
         self._stream.synchronize()

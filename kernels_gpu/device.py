@@ -51,7 +51,7 @@ class Device(Protocol):
     def capture(self, run: Callable[[], None]) -> Callable[[], None] | None:
         """Notes the launches that run() makes, without making them; returns what makes them. None if it cannot.
 
-        run() may ask for memory, which nothing else is given while the result lives, and copy on the device, but wait
+        run() may ask for memory, which is given once while the result lives, and copy on the device, but wait
         for nothing and copy nothing from or to the host. What else the launches read and write is the caller's to keep.
         """
 

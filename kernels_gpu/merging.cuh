@@ -60,7 +60,6 @@ DEVICE void merge_rows(const Rows& rows, int b, int h, int into, int n, const Li
         for (int j = 0; j < 8; j++) sum[j] += rule.own() * x[j];
         total += rule.own();
     }
-    __syncthreads();
 #pragma unroll
     for (int j = 0; j < 8; j++) sums[group][8 * lane + j] = sum[j];
     if (lane == 0) totals[group] = total;
@@ -71,6 +70,6 @@ DEVICE void merge_rows(const Rows& rows, int b, int h, int into, int n, const Li
         for (int i = 0; i < ROWS; i++) x += sums[i][j], all += totals[i];
         row[j] = x / all;
     }
-    __syncthreads();
+    __syncthreads();  // what is shared may be written again, too: a call may follow
     store_row<STORE, HEAD_DIM>(rows, rows.row(b, h, into), row);
 }

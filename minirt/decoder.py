@@ -121,6 +121,7 @@ class Decoder:
             self.ops.angles(self.rope, cache.n_seen, step.angles)
             step.again()
             return step.logits
+        cache.recorded = step = None  # its memory is free, and it is not made again if this one is interrupted
         angles = self.ops.angles(self.rope, cache.n_seen)
 
         def attention(ops: Ops, layer: int, q: Array, k: Array, v: Array) -> Array:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
-import weakref
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -44,20 +45,38 @@ def fake_cupy(**changes: Any) -> Any:
             raise FakeRuntimeError(has["error"])
         return int(has["count"])
 
-    def make(*args: Any) -> np.ndarray:
+    def make(*args: Any) -> SimpleNamespace:
         if not has["room"]:
             raise FakeOutOfMemory("Out of memory allocating 512 bytes (allocated so far: 0 bytes).")
-        fake.pools.append(fake.pool)
-        return np.zeros(1)
+        return SimpleNamespace(data=fake.allocator(512), set=lambda host: failing("launch", None))
+
+    class Memory:
+        """A place, which is given to others when nobody holds it any more."""
+
+        def __init__(self) -> None:
+            self.place = free.pop() if free else next(places)
+
+        def __del__(self) -> None:
+            free.append(self.place)
 
     class Pool:
-        def malloc(self, n: int) -> None: ...
+        def malloc(self, n: int) -> Memory:
+            return Memory()
+
+        def free_bytes(self) -> int:
+            return int(has["cached"])
+
+    free: list[int] = []
+    places, pool = itertools.count(), Pool()
 
     @contextmanager
     def using_allocator(malloc: Any) -> Iterator[None]:
-        fake.pool = weakref.ref(malloc.__self__)
+        fake.allocator, before = malloc, fake.allocator
         yield
-        fake.pool = None
+        fake.allocator = before
+
+    def use() -> None:
+        fake.user = threading.get_ident()
 
     def failing(name: str, result: Any) -> Any:
         if has[name]:
@@ -80,18 +99,18 @@ def fake_cupy(**changes: Any) -> Any:
             raise FakeRuntimeError("cudaErrorStreamCaptureUnsupported: no")
 
     graph = SimpleNamespace(launch=lambda stream: failing("launch", None))
-    stream = SimpleNamespace(use=lambda: None, begin_capture=begin, end_capture=lambda: graph)
+    stream = SimpleNamespace(use=use, begin_capture=begin, end_capture=lambda: graph)
     runtime = SimpleNamespace(
         CUDARuntimeError=FakeRuntimeError, getDeviceCount=count, getDeviceProperties=lambda i: properties,
         memGetInfo=lambda: (has["free"], 8 << 30), driverGetVersion=lambda: 13010,
     )  # fmt: skip
     fake = SimpleNamespace(
-        pool=None, pools=[], empty=make, zeros=make, asarray=make, concatenate=make,
+        allocator=pool.malloc, user=None, empty=make, zeros=make, asarray=make, concatenate=make,
         asnumpy=lambda array: failing("launch", array),
-        get_default_memory_pool=lambda: SimpleNamespace(free_bytes=lambda: has["cached"]),
+        get_default_memory_pool=lambda: pool,
         RawModule=lambda **options: SimpleNamespace(get_function=get_function),
         cuda=SimpleNamespace(
-            runtime=runtime, Device=lambda i: SimpleNamespace(use=lambda: None), MemoryPool=Pool,
+            runtime=runtime, Device=lambda i: SimpleNamespace(use=lambda: None),
             Stream=lambda non_blocking: failing("stream", stream), using_allocator=using_allocator,
             nvrtc=SimpleNamespace(getVersion=lambda: failing("nvrtc", (13, 0))),
             memory=SimpleNamespace(OutOfMemoryError=FakeOutOfMemory),
@@ -163,21 +182,40 @@ def test_a_kernel_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     device = open_device(monkeypatch, launch="CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered")
     again = device.capture(lambda: None)
     assert again is not None
-    for call in (lambda: device.kernel("cache.cu", "append")((1,), (1,)), lambda: device.download(None), again):
+    calls = [
+        lambda: device.kernel("cache.cu", "append")((1,), (1,)), lambda: device.download(None), again,
+        lambda: device.refresh(np.zeros(1), device.empty((1,), np.int8)),
+    ]  # fmt: skip
+    for call in calls:
         with pytest.raises(ModelError, match=r"^Card: an illegal memory access was encountered$"):
             call()
 
 
 def test_memory_of_a_recording_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And of nobody else, as long as it may be played."""
-    device = open_device(monkeypatch)
-    launch = device.capture(lambda: [device.empty((1,), np.int8) for _ in range(2)].clear())
-    device.empty((1,), np.int8)
-    first, second, after = device._cupy.pools
-    assert after is None
-    assert first() is second() is not None
+    """And of nobody else, as long as it may be played; nor is it given twice within the recording, before which numbers
+    of the host come to their places."""
+    device, places = open_device(monkeypatch), []
+
+    def new_place() -> int:
+        places.append(device.empty((1,), np.int8).data.place)  # and drops the array
+        return places[-1]
+
+    assert new_place() == new_place()
+    launch = device.capture(lambda: [new_place() for _ in range(3)].clear())
+    assert len(set(places[2:])) == 3
+    assert new_place() not in places[2:5]
     del launch
-    assert first() is None
+    assert new_place() in places[2:5]
+
+
+def test_a_recorded_pass_of_another_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stream is the device's, as each thread begins with one that waits for no other."""
+    device = open_device(monkeypatch)
+    array = device.empty((1,), np.int8)
+    thread = threading.Thread(target=lambda: device.refresh(np.zeros(1, np.int8), array))
+    thread.start()
+    thread.join()
+    assert device._cupy.user == thread.ident
 
 
 def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:

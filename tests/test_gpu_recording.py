@@ -11,12 +11,13 @@ import pytest
 from cuda_host import stream
 from emulated import EmulatedDevice, emulated_ops
 from make_palu import make_palu
-from test_gpu_decoder import far_from
+from test_gpu_decoder import HALVES, far_from
 
 from kernels_gpu.ops import GpuOps
 from minirt import Llama
 
 STEPS = [*range(4, 22)]
+TURNING = "streaming:budget=12:sinks=4:positions=reindexed"  # queries to other positions
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def captures(gpu: GpuOps, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("latent", [False, True])
-@pytest.mark.parametrize("policy", ["lm-infinite:budget=12:sinks=4", "streaming:budget=12:sinks=4:positions=reindexed"])
+@pytest.mark.parametrize("policy", ["lm-infinite:budget=12:sinks=4", TURNING])
 def test_turns_are_renewed(
     gpu: GpuOps, captures: list[Any], monkeypatch: pytest.MonkeyPatch, tiny: Path, tmp_path: Path, policy: str,
     latent: bool,
@@ -57,6 +58,51 @@ def test_turns_are_renewed(
             assert far_from(card.session.step(token), truth.session.step(token)) < (8e-3 if latent else 1e-3)
     assert None not in captures
     assert len(captures) < len(STEPS) / 2  # the last ones are the same, again and again
+
+
+@pytest.mark.parametrize("policy", ["lm-infinite:budget=12:sinks=4", TURNING, "d2o:budget=14"])
+def test_a_step_that_cannot_be_recorded_is_made(
+    gpu: GpuOps, monkeypatch: pytest.MonkeyPatch, tiny: Path, policy: str
+) -> None:
+    """Once, with what the attempt has left in the cache."""
+    monkeypatch.setattr("minirt.llama.open_ops", lambda *args: gpu)
+    monkeypatch.setattr(gpu.device, "capture", lambda run: stream.capture(run) and None)
+    found = []
+    for record in (gpu.record, lambda step: (step(gpu), None)):
+        monkeypatch.setattr(gpu, "record", record)
+        monkeypatch.setattr(gpu, "_failures", -len(STEPS))
+        with Llama.load(tiny, policy=policy, kv="f32") as card:
+            card.session.feed([1, 2])
+            found.append([card.session.step(token).copy() for token in STEPS])
+    assert np.array_equal(*found)
+
+
+def test_a_step_that_is_interrupted(gpu: GpuOps, monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:
+    """While it is recorded, as the first of another kind: it is made later, and none that was recorded before."""
+    monkeypatch.setattr("minirt.llama.open_ops", lambda *args: gpu)
+    monkeypatch.setattr(gpu, "_recorded_before", True)
+
+    def interrupted(run: Callable[[], None]) -> None:
+        stream.capture(run)
+        raise KeyboardInterrupt
+
+    def steps(card: Llama, *tokens: int) -> np.ndarray:
+        return np.array([card.session.step(token).copy() for token in tokens])
+
+    text = list(range(20, 26))  # two less than there are before the first ones are out of the window
+    with Llama.load(tiny, policy=TURNING, kv="f32") as card:
+        card.session.feed(text)
+        truth = steps(card, 5, 6, 7, 8)
+    with Llama.load(tiny, policy=TURNING, kv="f32") as card:
+        card.session.feed(text)
+        assert np.array_equal(steps(card, 5, 6), truth[:2])
+        with monkeypatch.context() as m:
+            m.setattr(gpu.device, "capture", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                card.session.step(7)
+        assert card.session.cache.recorded is None
+        card.session.feed([*text, 5, 6])
+        assert far_from(steps(card, 7, 8), truth[2:]) < HALVES
 
 
 def test_steps_of_many_sequences(gpu: GpuOps, captures: list[Any], monkeypatch: pytest.MonkeyPatch, tiny: Path) -> None:

@@ -48,6 +48,17 @@ def test_most_likely(ops: Any, width: int) -> None:
     test_ops.test_most_likely(ops, width)
 
 
+def test_the_most_likely_at_the_borders_of_threads_and_parts(ops: Any) -> None:
+    """It may stand anywhere, be the largest number that there is, and is not told where another is none."""
+    width = 3 * row_ops.PART
+    sizes = 1, row_ops.WARP, row_ops.PART_THREADS, row_ops.PART, width
+    places = np.unique([at % width for size in sizes for at in (size - 1, size, width - size)])
+    logits = test_ops.normal(2 * len(places), width)
+    logits[range(len(logits)), np.tile(places, 2)] = np.finfo(np.float32).max
+    logits[len(places) :, 5] = np.nan
+    assert ops.most_likely(logits).tolist() == [*places, *(-1 for _ in places)]
+
+
 @pytest.mark.parametrize("n", [1, 33])
 def test_layers(ops: Any, n: int) -> None:
     test_ops.test_layer(ops, "Q6_K", n, (8, 2, 32), False, True)

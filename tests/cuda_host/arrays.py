@@ -44,7 +44,9 @@ class DeviceArray(np.ndarray):
 
     def set(self, values: np.ndarray) -> None:
         stream.refuse("a copy from the host")
-        self.view(np.ndarray)[...] = np.asarray(values).reshape(self.shape)
+        if (values.dtype, values.shape) != (self.dtype, self.shape) or not self.flags.forc:
+            raise ValueError(f"{values.dtype} {values.shape} is not set to {self.dtype} {self.shape}, without gaps")
+        self.view(np.ndarray)[...] = values
 
     def __setitem__(self, index: Any, value: Any) -> None:
         if type(value) is np.ndarray:
