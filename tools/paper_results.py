@@ -20,7 +20,8 @@ Row = dict[str, Any]
 Cell = dict[str, Row]  # of each policy that was timed in turn with the others
 
 _CELL = (
-    "benchmark", "model", "path", "context", "kv", "batch", "depth", "rounds", "steps", "most", "same", "dense_ms",
+    "benchmark", "model", "fingerprint", "context", "kv", "batch", "depth", "rounds", "steps", "most", "same",
+    "dense_ms",
 )  # fmt: skip
 
 
