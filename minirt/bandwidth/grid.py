@@ -34,6 +34,7 @@ class Rows(Records):
         "benchmark", "version", "device", "threads", "model", "context", "kv", "batch", "depth", "rounds", "policy",
         "same", "steps", "most", "fingerprint",
     )  # fmt: skip
+    # of rows that were kept before these fields were: as the default model and options have them
     defaults: ClassVar[Record] = {"steps": 0, "most": 256, "fingerprint": ""}
     numbers = (
         "threads", "batch", "depth", "rounds", "ms", "ms_low", "ms_high", "gb_per_s", "percent_of_memory", "speed_up",
