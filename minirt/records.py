@@ -15,12 +15,14 @@ Own = TypeVar("Own", bound="Records")
 class Records:
     """The rows of a file and those added; without a path they are only kept in memory. A context manager.
 
-    A row is a dict with the fields of `key`, which no other row has alike. Raises ModelError if the file cannot be
+    A row is a dict with the fields of `key`, which no other row has alike; one that lacks a field of `defaults` has its
+    value there, so that a key can grow. Raises ModelError if the file cannot be
     written or holds something else. The end of a line that was being written when the program was killed is dropped.
     """
 
     key: ClassVar[tuple[str, ...]] = ()
     numbers: ClassVar[tuple[str, ...]] = ()  # fields that are numbers, by which a row is known
+    defaults: ClassVar[dict[str, Any]] = {}
     program: ClassVar[str] = ""
 
     def __init__(self, path: Path | None):
@@ -48,7 +50,7 @@ class Records:
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         """The row with these values of the key."""
-        return self.rows.get(tuple(key[name] for name in self.key))
+        return self.rows.get(self._key(key))
 
     def add(self, row: dict[str, Any]) -> None:
         """Keeps a row, and writes it before anything else happens."""
@@ -80,14 +82,22 @@ class Records:
     def _parse(self, line: bytes, number: int) -> None:
         try:
             row = json.loads(line)
-            if not all(isinstance(row[name], (int, float)) for name in self.numbers):
-                raise ValueError
+            self.check(row)
             self._keep(row)
-        except (ValueError, TypeError, KeyError, RecursionError):
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
             raise ModelError(f"{self.path}: line {number} is no result of {self.program}") from None
 
+    def check(self, row: dict[str, Any]) -> None:
+        """Raises ValueError, TypeError, KeyError or OverflowError if a row that was read is none of these."""
+        if not all(isinstance(row[name], (int, float)) for name in self.numbers):
+            raise ValueError
+
     def _keep(self, row: dict[str, Any]) -> None:
-        self.rows[tuple(row[name] for name in self.key)] = row
+        self.rows[self._key(row)] = row
+
+    def _key(self, row: dict[str, Any]) -> tuple[Any, ...]:
+        own = self.defaults | row
+        return tuple(own[name] for name in self.key)
 
     def _begins_row(self, line: bytes) -> bool:
         """True if a line can be the beginning of a row, and so nothing else is lost with it."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from minirt.reference import ReferenceOps
 from minirt.stores import get_stores
 
 ROOM = 1 << 30
+RESULTS = Path(__file__).parents[1] / "tools" / "results"
 SHAPE = synthetic.Shape(2, 64, 4, 2, 32, 96, 48)
 
 
@@ -100,6 +102,21 @@ def test_a_random_cache_is_what_a_prompt_would_leave() -> None:
     assert np.array_equal(rows, found[1].layers[0].k.view(np.float16).reshape(rows.shape))
     assert not np.array_equal(rows[0, :, :188], rows[0, :, 512:])  # no chunk twice
     assert not np.array_equal(rows[0], rows[1])
+
+
+@pytest.mark.parametrize("name", ["window", "h2o", "tova"])
+def test_filling_takes_what_is_counted(name: str) -> None:
+    """Also of a policy that takes a prompt at once: keys and values of a layer after the other, not those of all."""
+    config, policy, ops = synthetic.config_of(SHAPE, 12), parse_policy(f"{name}:budget=1000"), open_ops("cpu", 1)
+    plan = policy.plan(config, 8192, *get_stores("f16"))
+    made = Decoder(config, synthetic.factors_of(ops, config), ops, policy)
+    first, second = made.new_cache(plan), made.new_cache(plan)
+    synthetic.fill(ops, first, policy, config, 8192)  # compiles
+    tracemalloc.start()
+    synthetic.fill(ops, second, policy, config, 8192)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < synthetic.filling_bytes(policy, plan, config, 8192)
 
 
 def test_policies_that_keep_all_tokens_share_their_rows() -> None:
@@ -252,6 +269,31 @@ def test_a_grid_is_printed_and_kept_and_not_measured_again(
     assert len(file.read_text().splitlines()) == 4
 
 
+def test_other_settings_are_measured_anew(cli: Cli, tiny: Path, tmp_path: Path) -> None:
+    file, other = tmp_path / "a.jsonl", tmp_path / "other" / tiny.name
+    other.parent.mkdir()
+    other.write_bytes(tiny.read_bytes() + b"0")
+    flags = ("--device", "reference", "-d", 16, "--rounds", 1, "--policy", "window:budget=8", "--save", file)
+    end_to_end, throughput = ("bandwidth", "end-to-end", *flags), ("bandwidth", "throughput", *flags, "-b", 1)
+    for model, command, n in (
+        (tiny, (*end_to_end, "--steps", 1), 2), (tiny, (*end_to_end, "--steps", 2), 4),
+        (other, (*end_to_end, "--steps", 2), 6), (tiny, (*throughput, "--most", 1), 10),
+        (tiny, (*throughput, "--most", 2), 14), (tiny, (*throughput, "--most", 1), 14), (other, end_to_end, 16),
+    ):  # fmt: skip
+        result = cli(*command, model)
+        assert result.exit_code == 0, result.stderr
+        assert len(file.read_text().splitlines()) == n
+
+
+def test_rows_of_before_their_settings_were_kept_count_as_the_default(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes((RESULTS / "bandwidth_cpu.jsonl").read_bytes())
+    with Rows(file) as rows:
+        for row in list(rows.rows.values()):
+            assert rows.find(**Rows.defaults | row) is row
+            assert rows.find(**Rows.defaults | row | {"fingerprint": "another"}) is None
+
+
 def test_ctrl_c_keeps_what_is_done(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     own, calls, file = attention.measure, iter(range(9)), tmp_path / "a.jsonl"
 
@@ -273,6 +315,21 @@ def test_a_cell_without_room_is_skipped(cli: Cli, monkeypatch: pytest.MonkeyPatc
     assert result.exit_code == 0
     assert [line.split("|")[3].strip() for line in result.stdout.splitlines()[2:]] == []
     assert result.stderr.count("minirt: skipped: B=1 S=") == 2
+
+
+def test_a_cell_that_runs_out_of_memory_is_skipped(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = attention.measure
+
+    def measure(ops: Any, cell: Cell, *args: Any, **options: Any) -> Any:
+        if cell.depth == 40:
+            raise MemoryError
+        return own(ops, cell, *args, **options)
+
+    monkeypatch.setattr("minirt.bandwidth.attention.measure", measure)
+    result = cli(*ATTENTION, *POLICIES)
+    assert result.exit_code == 0
+    assert [line.split("|")[3].strip() for line in result.stdout.splitlines()[2:]] == ["60", "60"]
+    assert "minirt: skipped: attention, 4/2x32, B=1, S=40, f16: out of memory" in result.stderr
 
 
 def test_whole_models_of_a_file_and_of_a_shape(cli: Cli, tiny: Path, tmp_path: Path) -> None:
@@ -374,3 +431,21 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     file.write_text('{"benchmark": 1}\n')
     with pytest.raises(ModelError, match="line 1 is no result of minirt bandwidth"):
         Rows(file)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("ms_low", None), ("gb_per_s", "x"), ("speed_up", float("nan")), ("ratio_of_bytes", 0), ("ms", 10**400),
+        ("bytes_read", [1]), ("policy", 3), ("benchmark", "machine"), ("batch", "1"),
+    ],
+)  # fmt: skip
+def test_a_damaged_row_is_refused(cli: Cli, tmp_path: Path, field: str, value: Any) -> None:
+    file = tmp_path / "a.jsonl"
+    assert cli(*ATTENTION, *POLICIES, "--save", file).exit_code == 0
+    first, *others = file.read_text().splitlines()
+    row = json.loads(first)
+    del row[field]
+    file.write_text("\n".join([*others, json.dumps(row | ({} if value is None else {field: value}))]) + "\n")
+    result = cli(*ATTENTION, *POLICIES, "--save", file)
+    assert (result.exit_code, "line 4 is no result of minirt bandwidth" in only_line(result.stderr)) == (1, True)

@@ -12,24 +12,30 @@ import pytest
 TOOLS = Path(__file__).parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 
+import paper_adaptive  # noqa: E402
 import paper_report  # noqa: E402
 import paper_tables as tables  # noqa: E402
+from paper_results import shares  # noqa: E402
+from paper_targets import targets  # noqa: E402
 
 SAME = {"same_top": 0.9, "repetition": 8.0, "repetition_error": 1.0}
 POINTS = [
     {"policy": policy, "kv": kv, "read": read, "held": held, "kld": kld, **SAME}
     for policy, kv, read, held, kld in (
         ("dense", "f16", 1.0, 1.0, 0.0), ("dense", "q8_0", 0.53, 0.53, 0.001),
-        ("sparq:r=10:k=170", "f16", 0.16, 1.5, 0.05), ("sparq:r=16:k=64", "f16", 0.16, 1.5, 0.08),
+        ("sparq:r=5:k=170", "f16", 0.16, 1.5, 0.05), ("sparq:r=16:k=64", "f16", 0.16, 1.5, 0.08),
         ("tova:budget=1/8", "f16", 0.13, 0.13, 0.3),
     )
 ]  # fmt: skip
 
 
+SPARQ = tables.FIGURE_9_POLICY
+
+
 @pytest.fixture
 def quality(tmp_path: Path) -> tables.Quality:
     file = tmp_path / "pareto.json"
-    file.write_text(json.dumps({"n_ctx": 2048, "points": POINTS}))
+    file.write_text(json.dumps({"model": "smollm2.gguf", "n_ctx": 2048, "points": POINTS}))
     return tables.Quality(file)
 
 
@@ -39,43 +45,80 @@ def rows_of(tmp_path: Path, *rows: dict[str, Any]) -> tables.Rows:
     return tables.Rows(file)
 
 
+def whole_model(depth: int, policy: str) -> list[dict[str, Any]]:
+    common = {"benchmark": "end-to-end", "model": tables.MODEL, "batch": 1, "kv": "f16", "context": "random"}
+    common |= {"depth": depth, "weight_bytes": 10**9, "kv_bytes": 10**9, "memory_bytes_per_second": 40e9}
+    dense = {"policy": "dense", "ms": 100.0, "ms_low": 90.0, "ms_high": 120.0, "full_ms": 500.0}
+    own = {"policy": policy, "ms": 62.5, "ms_low": 60.0, "ms_high": 70.0, "full_ms": 250.0}
+    own |= {"speed_up": 1.6, "theory": 2.0, "full_speed_up": 2.0, "full_theory": 2.5}
+    return [common | dense | {"percent_of_memory": 62.0}, common | own]
+
+
 def test_the_frontier_is_what_nothing_beats(quality: tables.Quality) -> None:
     assert [p["policy"] for p in tables.frontier(quality.points, "read")] == [
-        "tova:budget=1/8", "sparq:r=10:k=170", "dense", "dense",
+        "tova:budget=1/8", "sparq:r=5:k=170", "dense", "dense",
     ]  # fmt: skip
     assert [p["kv"] for p in tables.frontier(quality.points, "held")] == ["f16", "q8_0", "f16"]
 
 
-def test_quality_at_the_same_parameters(quality: tables.Quality) -> None:
-    assert quality.of("sparq:r=d/12:k=S/12") == "0.050 / 90 % / 100 %"
-    assert quality.of("dense", "q8_0") == "0.001 / 90 % / 100 %"
-    assert quality.of("window:budget=1/8") == "-"
+def test_a_policy_by_its_shares() -> None:
+    assert shares("sparq:r=d/4:k=S/16:k_index=q4", 4096, 128) == (("sparq", "k_index=q4"), {"r": 1 / 4, "k": 1 / 16})
+    assert shares("sparq:r=16:k=auto", 4096, 128) == (("sparq", "k=auto"), {"r": 1 / 8})
+    assert shares("tova:budget=512", 4096, 128) == shares("tova:budget=1/8", 2048, 64) == (("tova",), {"budget": 1 / 8})
+
+
+def test_quality_is_that_of_the_same_shares_or_names_others(quality: tables.Quality) -> None:
+    assert quality.of("sparq:r=d/12:k=S/12", 32768, 128) == "0.050 / 90 % / 8.0 ± 1.0"  # r = 10 of 128 is 5 of 64
+    assert quality.of("sparq:r=32:k=64", 2048, 128) == "0.080 / 90 % / 8.0 ± 1.0"
+    assert quality.of("sparq:r=32:k=64", 4096, 128) == "0.080 / 90 % / 8.0 ± 1.0 (k = S/32)"
+    assert quality.of("sparq:r=16:k=64", 2048, 64) == "0.080 / 90 % / 8.0 ± 1.0"
+    assert quality.of("tova:budget=512", 4096, 64) == "0.300 / 90 % / 8.0 ± 1.0"
+    assert quality.of("tova:budget=512", 8192, 64) == "0.300 / 90 % / 8.0 ± 1.0 (budget = S/8)"
+    assert quality.of("dense", 4096, 64, "q8_0") == "0.001 / 90 % / 8.0 ± 1.0"
+    assert quality.of("window:budget=1/8", 4096, 64) == quality.of("tova:budget=1/8", 4096, 64, "q8_0") == "-"
 
 
 def test_advice_takes_the_least_divergence_within_each_limit(quality: tables.Quality) -> None:
     lines = [line.split(" | ")[1] for line in paper_report.advice(quality).splitlines()[2:]]
     assert lines == [
-        "`--policy dense`", "`--policy dense --kv q8_0`", "`--policy sparq:r=10:k=170`", "`--policy tova:budget=1/8`",
+        "`--policy dense`", "`--policy dense --kv q8_0`", "`--policy sparq:r=5:k=170`", "`--policy tova:budget=1/8`",
         "`--policy dense --kv q8_0`", "`--policy tova:budget=1/8`", "`--policy tova:budget=1/8`",
     ]  # fmt: skip
 
 
 def test_a_model_beside_its_paper(tmp_path: Path, quality: tables.Quality) -> None:
-    common = {"benchmark": "end-to-end", "model": "m", "batch": 1, "kv": "f16", "context": "random", "depth": 4096}
-    sizes = {"weight_bytes": 10**9, "kv_bytes": 10**9, "memory_bytes_per_second": 40e9}
-    dense = common | sizes | {"policy": "dense", "ms": 100.0, "full_ms": 500.0}
-    sparse = (
-        common | sizes | {"policy": "sparq:r=d/12:k=S/12", "ms": 62.5, "full_ms": 250.0, "speed_up": 1.6, "theory": 2.0}
+    rows = rows_of(tmp_path, *(row | {"model": "m"} for row in whole_model(4096, SPARQ)))
+    table = tables.models(rows, quality, "m", SPARQ, {4096: (54.0, 45.0)})
+    assert table.splitlines()[0] == (
+        "Quality at r = d/12.8, k = S/12 on smollm2.gguf (`sparq:r=5:k=170`, heads of 64, 2048 tokens): KL divergence "
+        "0.050, same most likely token 90 %, characters repeated 8.0 ± 1.0 (dense: 8.0 ± 1.0)."
     )
-    sparse |= {"full_speed_up": 2.0, "full_theory": 2.5}
-    rows = rows_of(tmp_path, dense, sparse | {"ms": 1.0}, sparse)  # the last of those that are alike counts
-    table = tables.models(rows, quality, "m", "sparq:r=d/12:k=S/12", {4096: (54.0, 45.0)})
-    assert table.splitlines()[0].endswith(
-        ": KL divergence 0.050, same most likely token 90 %, repetition 100 % of dense."
+    before, after = (
+        "| 4096 | 100 (90.0-120) | 62 % | 62.5 (60.0-70.0) | 1.25x | 1.60x of 2.00x (80 %) |",
+        (" 2.00x of 2.50x (80 %) | 1.20x |"),
     )
-    assert table.splitlines()[-1] == (
-        "| 4096 | 100 / 62.5 | 1.25x | 1.60x of 2.00x (80 %) | 500 / 250 | 2.00x of 2.50x | 1.20x |"
-    )
+    assert table.splitlines()[-1] == f"{before} 500 / 250 |{after}"
+    assert tables.models(rows, quality, "m", SPARQ, {4096: 1.2}, short=True).splitlines()[-1] == before + after
+
+
+def test_a_table_takes_the_times_of_one_cell(tmp_path: Path) -> None:
+    """The newest that has all policies: a later cell with others must not lend it its dense attention."""
+    sparse, other = (row | {"dense_ms": 100.0} for row in whole_model(8192, SPARQ)), whole_model(8192, "topk:k=128")
+    rows = rows_of(tmp_path, *sparse, *(row | {"ms": 7.0, "dense_ms": 7.0} for row in other))
+    cell = rows.by_depth(("dense", SPARQ))[8192]
+    assert (cell["dense"]["ms"], cell[SPARQ]["ms"]) == (100.0, 62.5)
+    assert rows.by_depth(("dense",))[8192].keys() == {"dense", "topk:k=128"}
+    assert rows.by_depth((SPARQ, "topk:k=128")) == {}
+
+
+def test_misses_of_targets_are_said(tmp_path: Path) -> None:
+    of_any = {"sparq:k=32": (2.0, 0.4), "sparq:k=128": (4.0, 0.1), "sparq:r=16:k=64": (2.9, 0.05)}
+    of_any |= {"sparq:k=auto:eps=0.1": (3.0, 0.15), "sparq:k=auto:eps=0.01": (3.5, 0.2), "share:eps=0.1": (1.0, 1.0)}
+    adaptive = {policy: {"kv_bytes_read": nbytes, "kld": kld} for policy, (nbytes, kld) in of_any.items()}
+    assert paper_adaptive.lower_than_fixed(adaptive) == (1, 0, 2)
+    text = targets(rows_of(tmp_path, *(row for s in (32768, 131072) for row in whole_model(s, SPARQ))), adaptive)
+    assert "| figure 9, S = 32768: speed-up over theory | 85 % or more | 80 % | **no** |" in text
+    assert "of the same r | all points | 1 of 2 | **no** |" in text
 
 
 def test_marks_in_a_text() -> None:

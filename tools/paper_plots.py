@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from paper_numbers import FIGURE_9, SPARQ_CPU, TOVA
+from paper_results import Row, Rows
+from paper_tables import ALONE, CODED, FIGURE_9_POLICY, MHA, MODEL, ONE_LAYOUT, SMALL, SPARSE, WHOLE
 
-Row = dict[str, Any]
 SIZE = (6.4, 4.0)  # inches
 
 
-def draw(rows: Any, points: list[Row], frontier: Callable[[list[Row], str], list[Row]], folder: Path) -> None:
-    """Writes a PNG for each plot. rows, frontier: of paper_report."""
+def draw(rows: Rows, points: list[Row], frontier: Callable[[list[Row], str], list[Row]], folder: Path) -> None:
+    """Writes a PNG for each plot. frontier: of paper_tables."""
     folder.mkdir(exist_ok=True)
     for name, plot in (("attention", _attention), ("figure_9", _figure_9), ("throughput", _throughput)):
         figure, axes = _new()
@@ -31,14 +32,15 @@ def _new(columns: int = 1) -> Any:
     return figure, figure.subplots(1, columns)
 
 
-def _line(axes: Any, found: list[Row], value: Callable[[Row], float], **style: Any) -> None:
-    found = sorted(found, key=lambda row: row["depth"])
-    axes.plot([row["depth"] for row in found], [value(row) for row in found], **style)
+def _line(axes: Any, found: dict[int, Row], value: Callable[[Row], float], **style: Any) -> None:
+    axes.plot(list(found), [value(row) for row in found.values()], **style)
 
 
-def _attention(axes: Any, rows: Any) -> None:
-    for i, policy in enumerate(("sparq:r=16:k=64", "sparq:r=32:k=128", "sparq:r=32:k=128:k_index=q4")):
-        found = rows.find(benchmark="attention", model="32/32x128", batch=1, kv="f16", policy=policy)
+def _attention(axes: Any, rows: Rows) -> None:
+    policies = (SMALL, SPARSE, CODED)
+    cells = rows.by_depth(("dense", *policies, ONE_LAYOUT), **ALONE, model=MHA, batch=1)
+    for i, policy in enumerate(policies):
+        found = {depth: cell[policy] for depth, cell in cells.items()}
         _line(axes, found, lambda r: r["speed_up"], marker="o", color=f"C{i}", label=policy)
         _line(axes, found, lambda r: r["ratio_of_bytes"], linestyle=":", color=f"C{i}")
     theirs = list(SPARQ_CPU)
@@ -48,8 +50,9 @@ def _attention(axes: Any, rows: Any) -> None:
     axes.set(xscale="log", yscale="log", xlabel="S", ylabel="speed-up over dense (dotted: ratio of bytes)")
 
 
-def _figure_9(axes: Any, rows: Any) -> None:
-    found = rows.find(benchmark="end-to-end", model="7b Q8_0, 4 layers", policy="sparq:r=d/12:k=S/12", batch=1)
+def _figure_9(axes: Any, rows: Rows) -> None:
+    cells = rows.by_depth(("dense", FIGURE_9_POLICY), **WHOLE, model=MODEL)
+    found = {depth: cell[FIGURE_9_POLICY] for depth, cell in cells.items()}
     _line(axes, found, lambda r: r["full_speed_up"], marker="o", label="minirt, 32 layers")
     _line(axes, found, lambda r: r["full_theory"], linestyle=":", color="C0", label="ratio of bytes")
     axes.plot(
@@ -59,11 +62,11 @@ def _figure_9(axes: Any, rows: Any) -> None:
     axes.set(xscale="log", xlabel="S", ylabel="speed-up over dense, 7B shape, Q8_0")
 
 
-def _throughput(axes: Any, rows: Any) -> None:
+def _throughput(axes: Any, rows: Rows) -> None:
     for same, label in (("memory", "minirt, same memory"), ("batch", "minirt, same batch")):
-        found = [r for r in rows.find(benchmark="throughput", same=same) if r["policy"].startswith("tova:budget=")]
-        budgets = [int(row["policy"].partition("=")[2]) for row in found]
-        axes.plot(budgets, [row["speed_up"] for row in found], "o-", label=label)
+        cell = rows.by_depth(("dense",), benchmark="throughput", model=rows.file_model, same=same).get(4096, {})
+        found = {int(p.partition("=")[2]): row for p, row in cell.items() if p.startswith("tova:budget=")}
+        axes.plot(list(found), [row["speed_up"] for row in found.values()], "o-", label=label)
     axes.plot(list(TOVA), [gain for _, gain in TOVA.values()], "x--", color="0.5", label="TOVA's paper, same memory")
     axes.set(xscale="log", xlabel="budget of 4096 tokens", ylabel="tokens/s over dense")
 

@@ -4,8 +4,8 @@
     python tools/measure_pareto.py --model smollm2-q4_0.gguf --text tinyshakespeare.txt -o tools/results/pareto.json
     python tools/paper_report.py
 
-Nothing is measured here and no number is written by hand: papers' numbers are in paper_numbers.py with their sources.
-Plots need matplotlib (minirt[plot]); without it the others are made.
+Nothing is measured here and no measured number is written by hand; papers' numbers are in paper_numbers.py with their
+sources. Plots need matplotlib (minirt[plot]); without it the others are made.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ from jinja2 import Environment, StrictUndefined
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
+import paper_adaptive  # noqa: E402
 import paper_plots  # noqa: E402
 import paper_tables as tables  # noqa: E402
 from paper_numbers import FIGURE_9, FIGURE_10  # noqa: E402
-from paper_tables import FIGURE_9_POLICY, FIGURE_10_POLICY, GQA_MODEL, MHA, MODEL, RESULTS, SPARSE, Quality, Rows  # noqa: E402
+from paper_results import RESULTS, Quality, Rows, repeated  # noqa: E402
+from paper_tables import FIGURE_9_POLICY, FIGURE_10_POLICY, GQA_MODEL, MHA, MODEL, SPARSE  # noqa: E402
+from paper_targets import targets  # noqa: E402
 
 from minirt.auto import FRONTIER  # noqa: E402
 
@@ -42,9 +45,9 @@ def advice(quality: Quality) -> str:
                 flags = f"--policy {p['policy']}" + (f" --kv {p['kv']}" if p["kv"] != "f16" else "")
                 lines.append([
                     f"{100 * most:.0f} % {what}", f"`{flags}`", f"{100 * p['read']:.0f} % / {100 * p['held']:.0f} %",
-                    f"{p['kld']:.3f}", f"{100 * p['same_top']:.0f} %", tables.repeated(p),
+                    f"{p['kld']:.3f}", f"{100 * p['same_top']:.0f} %", repeated(p),
                 ])  # fmt: skip
-    lines.insert(0, ["all", "`--policy dense`", "100 % / 100 %", "0", "100 %", tables.repeated(quality.dense)])
+    lines.insert(0, ["all", "`--policy dense`", "100 % / 100 %", "0", "100 %", repeated(quality.dense)])
     head = "bytes of the cache, of dense's | take | reads / holds | KL divergence | same token | characters repeated"
     return tables.table(head, lines)
 
@@ -73,7 +76,7 @@ def frontier(rows: Rows, quality: Quality) -> str:
 
 def report(rows: Rows, quality: Quality) -> str:
     """paper_report.md with its tables."""
-    first = rows.all[0]
+    first, palu, adaptive = rows.all[0], tables.load("palu_speed.json")["native"], tables.load("adaptive_k.json")
     bandwidths = [row["memory_bytes_per_second"] / 1e9 for row in rows.all]
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     return environment.from_string(TEXT.read_text()).render(
@@ -83,8 +86,10 @@ def report(rows: Rows, quality: Quality) -> str:
         commits=", ".join(sorted({row["commit"] for row in rows.all})),
         slowest=f"{min(bandwidths):.1f}",
         fastest=f"{max(bandwidths):.1f}",
+        dense_repeated=repeated(quality.dense),
+        file_model=rows.file_model,
+        targets=targets(rows, adaptive["policies"]),
         attention=tables.attention(rows, quality),
-        least_share=_first_share(rows),
         batches=tables.batches(rows),
         grouped=tables.grouped(rows),
         policies=tables.policies(rows, quality),
@@ -95,17 +100,15 @@ def report(rows: Rows, quality: Quality) -> str:
         grouped_model=tables.models(rows, quality, GQA_MODEL, FIGURE_9_POLICY, {}),
         real=tables.real(rows, quality),
         throughput=tables.throughput(rows, quality),
-        palu=tables.palu(),
-        adaptive=tables.adaptive(),
+        palu=tables.palu(palu),
+        palu_depth=palu["depth"],
+        palu_work=f"{palu['multiply_adds_per_layer'] / 1e9:.1f}",
+        adaptive=paper_adaptive.adaptive(adaptive["policies"]),
+        adaptive_text=f"{adaptive['chunks']} windows of {adaptive['n_ctx']} tokens of {adaptive['text']}",
+        beside_fixed=paper_adaptive.beside_fixed(quality),
         by_read=tables.pareto(quality, "read"),
         by_held=tables.pareto(quality, "held"),
     )
-
-
-def _first_share(rows: Rows) -> str:
-    found = rows.find(benchmark="attention", model=MHA, batch=1, kv="f16", policy=SPARSE)
-    first = min(found, key=lambda row: row["depth"])
-    return f"{100 * first['speed_up'] / first['ratio_of_bytes']:.0f} %"
 
 
 def fill_in(text: str, name: str, content: str) -> str:
@@ -119,7 +122,7 @@ def fill_in(text: str, name: str, content: str) -> str:
 
 def readme(rows: Rows, quality: Quality, text: str) -> str:
     """README.md with its tables renewed."""
-    text = fill_in(text, "speed", tables.models(rows, quality, MODEL, FIGURE_9_POLICY, FIGURE_9))
+    text = fill_in(text, "speed", tables.models(rows, quality, MODEL, FIGURE_9_POLICY, FIGURE_9, short=True))
     return fill_in(text, "advice", advice(quality))
 
 

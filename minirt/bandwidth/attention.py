@@ -22,7 +22,7 @@ from ..ops import Array, Ops
 from ..policies import Policy, in_proportion, parse_policy
 from ..reference import ReferenceOps
 from ..stores import Store, get_stores
-from .caches import caches_bytes, caches_of, check_room, fill_all
+from .caches import caches_bytes, caches_of, check_room, fill_all, most_filling
 from .counted import CountedOps
 from .paired import in_turn
 from .synthetic import RandomRows, Shape, config_of, factors_of, fill, random_queries, with_latents
@@ -176,10 +176,10 @@ def _layers_of(cell: Cell, policies: Mapping[str, Policy], stores: tuple[Store, 
     """How many layers have a cache each: as many as are needed, or fit."""
     one = cell.config
     plans = {text: policy.plan(one, cell.depth, *stores) for text, policy in policies.items()}
-    need = caches_bytes(one, policies, plans, cell.n_seq)
-    check_room(cell, need, room)
+    need, filling = caches_bytes(one, policies, plans, cell.n_seq), most_filling(one, policies, plans, cell.depth)
+    check_room(cell, need + filling, room)
     least = cell.n_seq * min(policy.bytes_read(one, plans[text], cell.depth) for text, policy in policies.items())
-    return max(1, min(MOST_LAYERS, -(-TOUCHED // max(least, 1)), min(room, MOST_BYTES) // need))
+    return max(1, min(MOST_LAYERS, -(-TOUCHED // max(least, 1)), min(room - filling, MOST_BYTES) // need))
 
 
 def error_of(ops: Ops, cell: Cell, policy: Policy) -> float:

@@ -12,7 +12,7 @@ from ..errors import UsageError
 from ..ops import Ops
 from ..policies import Policy
 from ..policies.base import BoundedPolicy
-from .synthetic import fill
+from .synthetic import fill, filling_bytes
 
 Policies = Mapping[str, Policy]
 Plans = Mapping[str, CachePlan]
@@ -37,6 +37,11 @@ def caches_bytes(config: ModelConfig, policies: Policies, plans: Plans, n_seq: i
     common = _common(policies, plans)
     total = 0 if common is None else common.nbytes(config, n_seq)
     return total + sum(plans[name].nbytes(config, n_seq) for name, policy in policies.items() if not keeps_all(policy))
+
+
+def most_filling(config: ModelConfig, policies: Policies, plans: Plans, depth: int) -> int:
+    """Bytes that `fill_all` takes besides, at most."""
+    return max(filling_bytes(policy, plans[name], config, depth) for name, policy in policies.items())
 
 
 def caches_of(decoder: Decoder, policies: Policies, plans: Plans, n_seq: int = 1) -> dict[str, Cache]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..bench import cpu_name
 from ..ops import Ops
@@ -31,10 +32,27 @@ class Rows(Records):
 
     key = (
         "benchmark", "version", "device", "threads", "model", "context", "kv", "batch", "depth", "rounds", "policy",
-        "same",
+        "same", "steps", "most", "fingerprint",
     )  # fmt: skip
-    numbers = ("threads", "batch", "depth", "ms")
+    # of rows that were kept before these fields were: as the default model and options have them
+    defaults: ClassVar[Record] = {"steps": 0, "most": 256, "fingerprint": ""}
+    numbers = (
+        "threads", "batch", "depth", "rounds", "ms", "ms_low", "ms_high", "gb_per_s", "percent_of_memory", "speed_up",
+    )  # fmt: skip
+    of_benchmark: ClassVar[dict[str, tuple[str, ...]]] = {
+        "attention": ("bytes_read", "bytes_formula", "ratio_of_bytes"),
+        "end-to-end": ("theory", "full_ms", "full_speed_up", "full_theory"),
+        "throughput": ("n_sequences", "cache_bytes", "tokens_per_second"),
+    }
     program = "minirt bandwidth"
+
+    def check(self, row: Record) -> None:
+        """All that is printed of it: texts, and numbers above 0."""
+        super().check(row)
+        of_row = [float(row[name]) for name in (*self.numbers, *self.of_benchmark[row["benchmark"]])]
+        texts = all(isinstance(row[name], str) for name in ("model", "context", "kv", "policy", "same"))
+        if not texts or not all(0 < number < math.inf for number in of_row):
+            raise ValueError
 
 
 @dataclass(frozen=True)
@@ -52,12 +70,13 @@ class Cell:
     measure: Callable[[Sequence[str], Advance], list[Record]]
     stages: int  # how often it calls what it is given
     same: tuple[str, ...] = ("",)  # of each policy's records
+    settings: Mapping[str, Any] = field(default_factory=dict)  # others of its own: fields of Rows.defaults
 
     def key(self, policy: str, same: str, machine: Machine) -> Record:
         return {
             "benchmark": self.benchmark, "version": __version__, "device": machine.name, "threads": machine.threads,
             "model": self.model, "context": self.context, "kv": self.kv, "batch": self.batch, "depth": self.depth,
-            "rounds": self.rounds, "policy": policy, "same": same,
+            "rounds": self.rounds, "policy": policy, "same": same, **self.settings,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -106,18 +125,24 @@ def known(cell: Cell, machine: Machine, rows: Rows) -> list[Record] | None:
 def run(
     cells: Iterable[Cell], machine: Machine, rows: Rows, advance: Advance, skip: Callable[[str], None]
 ) -> Iterator[Record]:
-    """Yields the rows of all cells, and adds those that are new. skip: told of a cell that the memory does not hold."""
+    """Yields the rows of all cells, and adds those that are new. skip: told of a cell that the memory does not hold.
+
+    That is known before it is allocated, as far as caches go; what else runs out of memory ends its cell alone.
+    """
     facts = machine.facts()
     for cell in cells:
         found = known(cell, machine, rows)
         if found is not None:
             yield from found
             continue
-        limit = machine.bandwidth()
         try:
+            limit = machine.bandwidth()
             measured = cell.measure(cell.policies, advance)
         except NoRoom as e:
             skip(str(e))
+            continue
+        except MemoryError:
+            skip(f"{cell}: out of memory")
             continue
         dense = next(row["ms"] for row in measured if row["policy"] == BASELINE)
         for row in measured:

@@ -23,7 +23,7 @@ from ..policies import Dense, Policy, parse_policy
 from ..session import prompt_chunks
 from ..stores import get_stores
 from .attention import BASELINE, resolve
-from .caches import caches_bytes, caches_of, check_room, fill_all
+from .caches import caches_bytes, caches_of, check_room, fill_all, most_filling
 from .paired import Timed, in_turn
 
 WITHOUT = "no layers"  # in the place of a policy
@@ -74,7 +74,7 @@ def measure(
     c, stores = decoder.config, get_stores(work.kv, decoder.config.palu)
     made = policies_of(decoder, work, policies)
     plans = {text: policy.plan(c, work.n_ctx, *stores) for text, policy in made.items()}
-    need = caches_bytes(c, made, plans, work.n_seq)
+    need = caches_bytes(c, made, plans, work.n_seq) + most_filling(c, made, plans, work.depth)
     check_room(work, need, room)
     caches = caches_of(decoder, made, plans, work.n_seq)
     runs = {text: Run(decoder.under(policy), caches[text], work) for text, policy in made.items()}

@@ -133,7 +133,7 @@ def random_queries(ops: Ops, rng: np.random.Generator, n: int, config: ModelConf
 
 
 class RandomRows:
-    """Keys and values of a layer of a cache: normal numbers, drawn once for so many tokens."""
+    """Keys and values of a layer of a cache: normal numbers, drawn once for so many tokens, which others repeat."""
 
     def __init__(
         self, ops: Ops, rng: np.random.Generator, most: int, plan: CachePlan, config: ModelConfig, layer: int = 0
@@ -143,12 +143,37 @@ class RandomRows:
         self.drawn = [rng.standard_normal((most, *shape), np.float32) for shape in shapes]
 
     def __call__(self, pos: np.ndarray) -> tuple[Array, Array]:
-        """Those of tokens at positions pos [n]: [n, heads, numbers]. With signs drawn anew, so none come twice."""
-        signs = (2 * self.rng.integers(0, 2, rows.shape[1:]).astype(np.float32) - 1 for rows in self.drawn)
-        k, v = (rows[: len(pos)] * sign for rows, sign in zip(self.drawn, signs, strict=True))
+        """Those of tokens at positions pos [n]: [n, heads, numbers]. With signs drawn anew, so that none come twice."""
+        k, v = (self._signed(rows, len(pos)) for rows in self.drawn)
         if self.latent:
             k[:, :, -1] = pos[:, None]  # the last number of a key's latent is its position
         return self.ops.vector(k), self.ops.vector(v)
+
+    def _signed(self, rows: np.ndarray, n: int) -> np.ndarray:
+        out = np.empty((n, *rows.shape[1:]), np.float32)
+        for start in range(0, n, len(rows)):
+            part = out[start : start + len(rows)]
+            signs = 2 * self.rng.integers(0, 2, rows.shape[1:]).astype(np.float32) - 1
+            np.multiply(rows[: len(part)], signs, out=part)
+        return out
+
+
+def filled_tokens(policy: Policy, plan: CachePlan, depth: int) -> int:
+    """Of how many tokens `fill` makes a sequence of that depth."""
+    return min(depth, 2 * max(plan.slots, default=0)) if isinstance(policy, BoundedPolicy) else depth
+
+
+def filling_bytes(policy: Policy, plan: CachePlan, config: ModelConfig, depth: int) -> int:
+    """Memory that `fill` takes besides the cache, at most; only the merging of D2O takes some more.
+
+    Of one layer the longest chunk of a prompt, what attends it and what comes of it, in float32; of every layer the
+    rows that are drawn and, with a budget, the prompt as it is cached, which D2O holds until it has seen all layers.
+    """
+    filled, c = filled_tokens(policy, plan, depth), config
+    chunk = max((stop - start for start, stop in prompt_chunks(policy, 0, filled)), default=0)
+    numbers = 2 * chunk * (c.n_head + c.n_head_kv) + 2 * min(filled, PREFILL_CHUNK) * c.n_layer * c.n_head_kv
+    held = plan.rows_bytes(c, [filled] * c.n_layer) if isinstance(policy, BoundedPolicy) else 0
+    return 4 * c.head_dim * numbers + held
 
 
 def fill(ops: Ops, cache: Cache, policy: Policy, config: ModelConfig, depth: int, seed: int = 0) -> None:
@@ -161,18 +186,22 @@ def fill(ops: Ops, cache: Cache, policy: Policy, config: ModelConfig, depth: int
     rng = np.random.default_rng(seed)
     keeps_all = not isinstance(policy, BoundedPolicy)
     using: Any = _Unattended(ops) if keeps_all else ops
-    depth = depth if keeps_all else min(depth, 2 * max(cache.plan.slots, default=0))
-    most = min(depth, PREFILL_CHUNK) if keeps_all else depth
+    depth = filled_tokens(policy, cache.plan, depth)
+    most = min(depth, PREFILL_CHUNK)
     rows = [RandomRows(ops, rng, most, cache.plan, config, layer) for layer in range(config.n_layer)]
+
+    def prefill(layer: int, seq: int, pos: np.ndarray) -> None:  # a function, so that a layer's are gone with it
+        k, v = rows[layer](pos)
+        q = k if keeps_all else random_queries(ops, rng, len(pos), config)
+        policy.prefill(using, cache, layer, seq, q, k, v)
+
     for seq in range(len(cache.n_seen)):
         if seq and not keeps_all:
             cache.move(0, seq)
             continue
         for start, stop in prompt_chunks(policy, 0, depth):
-            for layer, of_layer in enumerate(rows):
-                k, v = of_layer(np.arange(start, stop))
-                q = k if keeps_all else random_queries(ops, rng, stop - start, config)
-                policy.prefill(using, cache, layer, seq, q, k, v)
+            for layer in range(config.n_layer):
+                prefill(layer, seq, np.arange(start, stop))
             policy.prefilled(ops, cache, seq)
             cache.n_seen[seq] += stop - start
 

@@ -14,7 +14,7 @@ from ..decoder import Decoder
 from ..llama import bytes_per_token
 from ..stores import get_stores
 from .attention import BASELINE
-from .caches import check_room
+from .caches import check_room, most_filling
 from .models import Run, Workload, policies_of
 from .paired import in_turn
 from .synthetic import fill
@@ -40,7 +40,7 @@ def measure(
     memory = work.n_seq * one[BASELINE]
     batches = {text: {"batch": work.n_seq, "memory": max(1, min(memory // one[text], most))} for text in made}
     distinct = {(text, n) for text, of in batches.items() for n in of.values()}
-    need = sum(n * one[text] for text, n in distinct)
+    need = sum(n * one[text] for text, n in distinct) + most_filling(c, made, plans, work.depth)
     check_room(work, need, room)
     runs = {}
     for text, n in sorted(distinct, key=lambda key: (policies.index(key[0]), key[1])):

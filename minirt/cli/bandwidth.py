@@ -143,6 +143,7 @@ def end_to_end(
                 Cell(
                     "end-to-end", loaded.name, Path(text).name if text else "random", kv, batch, depth, common.rounds,
                     common.policies, measure, models.stages(common.policies, common.rounds),
+                    settings={"steps": steps, "fingerprint": loaded.fingerprint},
                 )
             )  # fmt: skip
         _run(cells, loaded.machine, common, loaded.full_layers != loaded.decoder.config.n_layer)
@@ -185,6 +186,7 @@ def throughput(
                 Cell(
                     "throughput", loaded.name, "random", kv, batch, depth, common.rounds, common.policies, measure,
                     benchmark.stages(common.policies, common.rounds), ("batch", "memory"),
+                    {"steps": steps, "most": most, "fingerprint": loaded.fingerprint},
                 )
             )  # fmt: skip
         _run(cells, loaded.machine, common)

@@ -110,6 +110,7 @@ class Loaded:
     machine: Machine
     name: str
     full_layers: int  # of the model that it stands for
+    fingerprint = ""  # of a file that is not the default one
 
     def __init__(self, model: str | None, shape: str | None, kind: str, layers: int | None, common: Common):
         if shape is not None and model is not None:
@@ -120,11 +121,14 @@ class Loaded:
         self._load_file(model, common) if shape is None else self._make(shape, kind, layers, common)
 
     def _load_file(self, model: str | None, common: Common) -> None:
+        from ..eval.results import fingerprint
         from ..llama import MIN_CONTEXT
 
         llama = Engine(BASELINE, common.kvs[0], common.device, common.threads, MIN_CONTEXT).load(model)
         self._file, self.decoder, self.name = llama, llama.decoder, llama.file.path.name
         self.full_layers = llama.config.n_layer
+        if model is not None:
+            self.fingerprint = fingerprint(llama.file.path)
         self.machine = machine_of(llama.decoder.ops, common)
 
     def _make(self, shape: str, kind: str, layers: int | None, common: Common) -> None:
