@@ -3,8 +3,10 @@
 What policies cost in quality was measured on one model (`frontier.json`, made by tools/paper_report.py): points of a
 policy and a KV type with their divergence from dense attention. A point is taken to another model and context in
 proportion: the same share of a head's components, of the tokens, of the budget. What it reads and holds there is the
-policy's own account, and a token's time is its bytes over the memory's speed, each at the share of that speed that was
-measured. So the speed is an estimate for this machine, and the divergence is another model's: a guide, not a promise.
+policy's own account; of the rows that k = auto may read it is the part that was read where it was measured. A token's
+time is its bytes over the memory's speed, each at the share of that speed at which attention of its kind was measured
+(attention_speed.py), or in proportion to the bytes alone on a device where nothing was. So the speed is an estimate for
+this machine, and the divergence is another model's: a guide, not a promise.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from .attention_speed import DENSE, F16, Shares, method_of
+from .cache import CachePlan
 from .config import ModelConfig
 from .errors import UsageError
 from .gguf_file import GGUFFile
@@ -26,7 +30,7 @@ from .policies.budget import Budget
 from .stores import get_stores
 
 FRONTIER = Path(__file__).with_name("frontier.json")
-AUTO, DENSE = "auto", "dense"
+AUTO = "auto"
 STEP = 256  # tokens
 
 
@@ -68,6 +72,7 @@ class Candidate:
     speed: float  # over dense with a float16 cache, at the end of the context
     full_bytes: float  # that the memory would move in a token's time, if it did nothing else
     held: int  # bytes of cache
+    timed: bool  # the speed is of what was measured on this kind of device, not of bytes alone
 
 
 @functools.cache
@@ -85,9 +90,13 @@ def choose(wanted: Auto, config: ModelConfig, n_ctx: int, weight_bytes: int, kv:
     dense = parse_policy(DENSE)
     if config.sliding_window or config.palu is not None:
         raise UsageError("--policy auto takes a model without a sliding window or latents of its own")
-    whole = dense.plan(config, n_ctx, *get_stores("f16")).nbytes(config)
+    whole = dense.plan(config, n_ctx, *get_stores(F16)).nbytes(config)
     most = whole if wanted.kv_bytes is None else _bytes(wanted.kv_bytes, whole)
     found = list(_candidates(config, n_ctx, weight_bytes, kv, device))
+    if not found:
+        raise UsageError(
+            f"--kv {kv}: --policy auto has measured no policy with it that fits this model (of {', '.join(_types())})"
+        )
     good = [c for c in found if c.speed >= wanted.speed and (wanted.kv_bytes is None or c.held <= most)]
     if good:
         return min(good, key=lambda c: (c.kld, -c.speed))
@@ -104,12 +113,13 @@ def choose(wanted: Auto, config: ModelConfig, n_ctx: int, weight_bytes: int, kv:
 
 def reason(chosen: Candidate, config: ModelConfig, n_ctx: int, bandwidth: float | None) -> str:
     """What was picked and why, in a line. bandwidth: of the memory, in bytes per second, if it is known."""
-    whole = parse_policy(DENSE).plan(config, n_ctx, *get_stores("f16")).nbytes(config)
+    whole = parse_policy(DENSE).plan(config, n_ctx, *get_stores(F16)).nbytes(config)
     speed = "" if bandwidth is None else f" ({bandwidth / chosen.full_bytes:.0f} tokens/s)"
     return (
         f"{_text(chosen)}: about {chosen.speed:.1f}x dense at {n_ctx} tokens{speed}, {_share(chosen.held, whole)} of "
         f"its cache; of {len(frontier()['points'])} that were measured the one that does at the least divergence "
         f"({chosen.kld:.3f} nats, on {frontier()['model']})"
+        + ("" if chosen.timed else "; the speed is of bytes alone: it was not measured on this device")
     )
 
 
@@ -119,34 +129,64 @@ def read_per_token(file: GGUFFile) -> int:
     return sum(tensor.data.nbytes for name, tensor in file.tensors.items() if name not in unread)
 
 
+def _types() -> list[str]:
+    """The KV types of all points."""
+    return list(dict.fromkeys(point["kv"] for point in frontier()["points"]))
+
+
 def _candidates(config: ModelConfig, n_ctx: int, weight_bytes: int, wanted: str, device: str) -> Iterator[Candidate]:
     """All measured points that fit this model, of the wanted KV type or any."""
     data = frontier()
     reach = data["efficiency"].get(device, {})
+    shares, weights = Shares(reach.get("attention", ())), weight_bytes / reach.get("weights", 1.0)
+    dense, grouped, width = parse_policy(DENSE), config.n_head != config.n_head_kv, config.n_head_kv * config.head_dim
+    dense_plans = {kv: dense.plan(config, n_ctx, *get_stores(kv)) for kv in (F16, *_types())}
 
-    def full_bytes(policy: Policy, kv: str, n: int = n_ctx) -> float:
-        read = policy.bytes_read(config, policy.plan(config, n_ctx, *get_stores(kv)), n)
-        share = reach.get(f"{policy.name} {kv}", reach.get(policy.name, 1.0))
-        return float(weight_bytes / reach.get("weights", 1.0) + read / share)
+    def full_bytes(policy: Policy, kv: str, plan: CachePlan, n: int = n_ctx, part: float = 1.0) -> float:
+        """part: of the rows that it may read."""
+        every = dense.bytes_read(config, dense_plans[kv], n)
+        if isinstance(policy, SparQ) and n <= policy.until:
+            return weights + every / shares.of(DENSE, kv, grouped, n, width, 1.0)
+        read: float = policy.bytes_read(config, plan, n)
+        if isinstance(policy, SparQ):
+            read -= (1 - part) * _rows_bytes(policy, config, plan)
+        return weights + read / shares.of(method_of(policy), kv, grouped, n, width, read / every)
 
-    dense = parse_policy(DENSE)
-    base = full_bytes(dense, "f16")
+    base = full_bytes(dense, F16, dense_plans[F16])
     for point in data["points"]:
-        kv, policy = point["kv"], _scaled(parse_policy(point["policy"]), config, n_ctx, data)
-        stores = get_stores(kv)
+        kv, measured = point["kv"], parse_policy(point["policy"])
         if wanted not in (AUTO, kv):
             continue
+        policy, part = _scaled(measured, config, n_ctx, data), _part_of_rows(measured, point, config, data)
         try:
-            policy.check(config, n_ctx, *stores)
+            policy.check(config, n_ctx, *get_stores(kv))
         except UsageError:
             continue
-        held = policy.plan(config, n_ctx, *stores).nbytes(config)
-        if isinstance(policy, SparQ):  # while it would read more slowly than dense does, it need not be sparse
-            short = range(policy.rows, n_ctx, STEP)
-            until = next((n for n in short if full_bytes(policy, kv, n) < full_bytes(dense, kv, n)), n_ctx)
+        plan = policy.plan(config, n_ctx, *get_stores(kv))
+        if isinstance(policy, SparQ):  # while it would take longer than dense does, it need not be sparse
+            for until in range(policy.rows, n_ctx, STEP):
+                if full_bytes(policy, kv, plan, until, part) < full_bytes(dense, kv, dense_plans[kv], until):
+                    break
+            else:
+                until = n_ctx
             policy = replace(policy, dense_until=until)
-        own = full_bytes(policy, kv)
-        yield Candidate(policy, kv, point["kld"], base / own, own, held)
+        own = full_bytes(policy, kv, plan, part=part)
+        yield Candidate(policy, kv, point["kld"], base / own, own, plan.nbytes(config), bool(shares))
+
+
+def _part_of_rows(policy: Policy, point: Mapping[str, Any], config: ModelConfig, data: Mapping[str, Any]) -> float:
+    """Of the rows that a policy may read, what it did read on average, over the second half of the context."""
+    if not isinstance(policy, SparQ) or not policy.adaptive:
+        return 1.0
+    config, n_ctx, dense = replace(config, head_dim=data["head_dim"]), data["n_ctx"], parse_policy(DENSE)
+    mean, plan = n_ctx * 3 // 4, policy.plan(config, n_ctx, *get_stores(point["kv"]))
+    read = point["read"] * dense.bytes_read(config, dense.plan(config, n_ctx, *get_stores(F16)), mean)
+    rows = _rows_bytes(policy, config, plan)
+    return min(max((read - policy.bytes_read(config, plan, mean)) / rows + 1, 0.0), 1.0)
+
+
+def _rows_bytes(policy: SparQ, config: ModelConfig, plan: CachePlan) -> int:
+    return plan.rows_bytes(config, (policy.rows,) * config.n_layer)
 
 
 def _scaled(policy: Policy, config: ModelConfig, n_ctx: int, data: Mapping[str, Any]) -> Policy:

@@ -11,23 +11,34 @@ import pytest
 from conftest import Cli, only_line
 
 from minirt import UsageError, auto
+from minirt.attention_speed import Shares
 from minirt.auto import Auto, choose
 from minirt.bandwidth.synthetic import config_of
 from minirt.policies import parse_policy
 from minirt.stores import get_stores
 
-DATA = {
+
+def row(method: str, kv: str, share: float, **changes: Any) -> dict[str, Any]:
+    given = {"grouped": False, "depth": 8192, "width": 4096, "read": 1.0} | changes
+    return {"method": method, "kv": kv, "share": share} | given
+
+
+DATA: dict[str, Any] = {
     "model": "a model",
     "head_dim": 64,
     "n_ctx": 2048,
-    "efficiency": {"cpu": {"weights": 1.0, "dense": 0.5, "sparq": 0.25, "dense q8_0": 0.4}},
+    "efficiency": {"cpu": {"weights": 1.0, "attention": [
+        row(method, kv, share) for method, kv, share in (
+            ("dense", "f16", 0.5), ("dense", "q8_0", 0.4), ("sparq f16", "f16", 0.25), ("tova", "f16", 0.5),
+        )
+    ]}},
     "points": [
         {"policy": "dense", "kv": "f16", "kld": 0.0},
         {"policy": "dense", "kv": "q8_0", "kld": 0.001},
         {"policy": "sparq:r=8:k=64", "kv": "f16", "kld": 0.04},
         {"policy": "tova:budget=1/8", "kv": "f16", "kld": 0.2},
     ],
-}
+}  # fmt: skip
 CONFIG = config_of("7b")
 N = 16384
 DENSE = 2 * N * 32 * 32 * 128 * 2  # bytes of the cache
@@ -55,6 +66,74 @@ def test_the_least_divergence_that_is_fast_enough() -> None:
     bytes_of = N * 16 + 2 * 512 * 128 + 2 * 128  # a head, in float16 numbers; the mean is float32
     assert sparse.speed == pytest.approx(0.25 / 0.5 * 2 * N * 128 / bytes_of)
     assert sparse.full_bytes == pytest.approx(2 * 32 * 32 * bytes_of / 0.25)
+
+
+def test_shares_are_those_measured_nearest() -> None:
+    near = [row("dense", "f16", 0.1 * i, depth=depth) for i, depth in enumerate((1024, 4096, 65536), 1)]
+    near.append(row("dense", "f16", 0.5, depth=1024, width=512))
+    near += [row("tova", "f16", share, read=read) for share, read in ((0.6, 1.0), (0.7, 0.1))]
+    shares = Shares(near)
+    found = [shares.of("dense", "f16", False, depth, 4096, 1.0) for depth in (10, 1500, 3000, 10**6)]
+    assert found == pytest.approx([0.1, 0.1, 0.2, 0.3])
+    assert shares.of("dense", "f16", False, 1024, 500, 1.0) == 0.5
+    assert [shares.of("tova", "f16", False, 8192, 4096, read) for read in (0.9, 0.2)] == [0.6, 0.7]
+
+
+def test_shares_that_were_not_measured_are_put_together() -> None:
+    f16, q8_0, q4_0 = (row("dense", kv, share) for kv, share in (("f16", 0.8), ("q8_0", 0.6), ("q4_0", 0.4)))
+    coded, sparse = row("sparq q4", "f16", 0.2), row("sparq f16", "f16", 0.5, grouped=True)
+    shares = Shares([f16, q8_0, q4_0, coded, sparse, row("dense", "f16", 0.5, grouped=True)])
+
+    def share(method: str, kv: str, grouped: bool) -> float:
+        return shares.of(method, kv, grouped, 4096, 1024, 0.2)
+
+    assert share("sparq q4", "q8_0", False) == pytest.approx(0.2 * 6 / 8)
+    assert share("sparq q4", "q8_0/q4_0", False) == pytest.approx(0.2 * 4 / 8)
+    assert share("sparq q4", "q8_0", True) == pytest.approx(0.2 * 6 / 8 * 5 / 8)
+    assert share("dense", "q8_0", True) == pytest.approx(0.5 * 6 / 8)
+    assert share("sparq f16", "f16", False) == 0.5, "no more than where keys are shared"
+    assert share("sparq f16", "q8_0-plain", True) == pytest.approx(0.5 * 4 / 8), "as slow as any type"
+    assert share("d2o-code", "f16", True) == 0.2, "as slow as any method"
+    assert Shares([row("tova", "f16", 0.3)]).of("tova", "q8_0", True, 100, 64, 1.0) == 0.3
+    assert Shares([]).of("dense", "f16", True, 4096, 1024, 1.0) == 1.0
+
+
+@pytest.mark.parametrize("share", [0.25, 0.05])
+def test_a_coded_index_is_as_fast_as_it_was_measured(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever one in float16 is."""
+    rows = [*DATA["efficiency"]["cpu"]["attention"], row("sparq q4", "f16", share)]
+    point = {"policy": "sparq:r=8:k=64:k_index=q4", "kv": "f16", "kld": 0.04}
+    data = DATA | {"points": [DATA["points"][0], point], "efficiency": {"cpu": {"attention": rows}}}
+    monkeypatch.setattr(auto, "frontier", lambda: data)
+    bytes_of = N * 16 * 132 // 256 + 2 * 512 * 256 + 128 * 4  # a head: 16 components, 512 rows, the mean
+    assert pick("2x").speed == pytest.approx(share / 0.5 * 2 * N * 256 / bytes_of)
+
+
+def test_rows_that_auto_reads_are_those_it_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of 512 where it was measured, after 1,536 tokens on average, so a quarter of 4096 of 16384."""
+    most, read = 2 * 64 * 2, 1536 * 8 * 2 + 512 / 4 * 2 * 64 * 2  # bytes of a head: dense's of a token, and its own
+    point = {"policy": "sparq:r=8:k=auto:reallocate=off", "kv": "f16", "kld": 0.04, "read": read / (1536 * most)}
+    data = DATA | {"points": [DATA["points"][0], point]}
+    monkeypatch.setattr(auto, "frontier", lambda: data)
+    picked = pick("2x")
+    assert str(picked.policy).startswith("sparq:r=16:k=auto:most=4096:")
+    assert picked.full_bytes == pytest.approx(32 * 32 * (N * 16 * 2 + 4096 / 4 * 2 * 128 * 2) / 0.25)
+
+
+@pytest.mark.usefixtures("measured")
+def test_types_that_were_not_measured() -> None:
+    for kv in ("f32", "q8_0-plain", "q8_0/f16"):
+        with pytest.raises(UsageError, match=rf"^--kv {kv}: .* fits this model \(of f16, q8_0\)$"):
+            pick("2x", kv=kv)
+
+
+@pytest.mark.usefixtures("measured")
+def test_a_device_where_nothing_was_measured() -> None:
+    """It goes by bytes, and says so."""
+    for device, said in (("gpu", True), ("reference", True), ("cpu", False)):
+        picked = pick("2x", device=device)
+        assert ("the speed is of bytes alone" in auto.reason(picked, CONFIG, N, None)) == said
+    assert picked.speed < pick("2x", device="gpu").speed
 
 
 @pytest.mark.usefixtures("measured")
@@ -107,7 +186,11 @@ def test_what_is_no_wish(speed: str | None, kv_bytes: str | None, message: str) 
 
 def test_what_was_measured_is_there() -> None:
     data = json.loads(auto.FRONTIER.read_text())
-    assert {"dense", "weights"} <= data["efficiency"]["cpu"].keys()
+    shares = Shares(data["efficiency"]["cpu"]["attention"])
+    for grouped in (False, True):
+        coded = shares.of("sparq q4", "q8_0", grouped, 8192, 1024, 0.1)
+        assert 0 < coded < shares.of("dense", "f16", grouped, 8192, 1024, 1.0)
+    assert 0 < data["efficiency"]["cpu"]["weights"] <= 1
     for point in data["points"]:
         parse_policy(point["policy"])
         get_stores(point["kv"])

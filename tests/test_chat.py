@@ -232,6 +232,13 @@ def test_set_answers_in_the_words_it_was_asked_in(llama: Llama, capsys: pytest.C
     assert c.sampling == before
 
 
+def test_auto_is_no_policy_to_set(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
+    c, before = chat(llama), llama.decoder.policy
+    for line in ("/set policy auto", "/set policy auto --speed 2x"):
+        assert "minirt chat --policy auto" in only_line(said(c, capsys, line))
+    assert llama.decoder.policy == before
+
+
 def test_arguments_where_there_are_none(llama: Llama, capsys: pytest.CaptureFixture[str]) -> None:
     c = chat(llama)
     c.ask("one")

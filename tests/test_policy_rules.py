@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from golden import MODELS, make_model
-from test_policies import OPS, Run, cut, random_qkv
+from test_policies import OPS, Run, cut, distance, random_qkv
 
 from minirt import Llama
 from minirt.ops import MergeRule
@@ -174,6 +174,43 @@ def test_sparq_is_dense_while_a_text_is_short(device: str) -> None:
     found = [[said(run.step(cut(text, t, t + 1))) for run in runs] for t in range(6)]
     assert [sparse == dense for sparse, dense in found] == 4 * [True] + 2 * [False]
     assert [sparse for sparse, _ in found[4:]] == [5, 5]
+
+
+@pytest.mark.parametrize("device", OPS)
+@pytest.mark.parametrize("k", ["k=4", "k=auto:eps=0.05:most=4"])
+def test_sparq_is_dense_for_the_short_texts_of_a_batch(k: str, device: str) -> None:
+    """Each sequence as it would be alone, while the others pass the bound one by one."""
+    spec, heads, lengths, steps = f"sparq:r=4:{k}:local=1:reallocate=on:dense_until=30", (6, 2, 16), (26, 1, 40), 10
+    texts = [random_qkv(heads, n + steps, seed=n) for n in lengths]
+    batch, dense = Run(spec, OPS[device], heads, n_seq=3), Run("dense", OPS[device], heads, n_seq=3)
+    for run in (batch, dense):
+        for seq, (n, text) in enumerate(zip(lengths, texts, strict=True)):
+            run.prompt(cut(text, 0, n), seq)
+    alone = [Run(spec, OPS[device], heads) for _ in lengths]
+    for run, n, text in zip(alone, lengths, texts, strict=True):
+        run.prompt(cut(text, 0, n))
+    for s in range(steps):
+        rows = [cut(text, n + s, n + s + 1) for n, text in zip(lengths, texts, strict=True)]
+        all_rows = [np.concatenate(x, axis=1) for x in zip(*rows, strict=True)]
+        together, whole = (run.step(all_rows) for run in (batch, dense))
+        for seq, (run, n, row) in enumerate(zip(alone, lengths, rows, strict=True)):
+            assert distance(together[:, seq], run.step(row)[:, 0]) <= 1e-6
+            assert (distance(together[:, seq], whole[:, seq]) <= 1e-6) == (n + s + 1 <= 30)
+    for counts in batch.cache.side.get("counts", ()):
+        assert np.array(counts)[:, 0, 2].tolist() == [6, 0, 10]  # steps that were not dense
+
+
+def test_bytes_of_texts_that_are_attended_densely() -> None:
+    """All rows up to the bound; beyond it the index, and k of them."""
+    for k in ("k=4", "k=auto:most=4"):
+        run = Run(f"sparq:r=4:{k}:dense_until=30:reallocate=off", None, (6, 2, 16), n_layer=1)
+        row, component = 2 * 2 * 16 * 4, 2 * 4  # of both heads
+        for n, expected in ((3, 3 * row), (30, 30 * row), (31, 4 * row + 31 * 4 * component)):
+            assert run.policy.bytes_read(run.config, run.cache.plan, n) == expected
+        run.prompt(random_qkv((6, 2, 16), 28, n_layer=1))
+        run.steps(random_qkv((6, 2, 16), 4, n_layer=1))
+        assert run.policy.bytes_touched(run.ops, run.config, run.cache, 0, 30) == 30 * row
+        assert run.policy.bytes_touched(run.ops, run.config, run.cache, 0, 32) <= 4 * row + 32 * 4 * component
 
 
 def test_grouped_heads_choose_together() -> None:

@@ -173,6 +173,28 @@ def test_several_sequences_together(
     assert np.array_equal(recorded, list(steps()))
 
 
+def test_texts_of_a_batch_pass_the_bound_of_dense_attention(
+    paths: dict[str, Path], records: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps are recorded while all are attended alike, and none is played that does something else."""
+    decoder = load(paths[NAMES[0]], policy="sparq:r=4:k=12:dense_until=40").decoder
+    plan = decoder.policy.plan(decoder.config, N_CTX, *get_stores("auto"))
+    tokens = np.random.default_rng(0).integers(0, decoder.config.n_vocab, (2, 90))
+
+    def steps() -> Iterator[np.ndarray]:
+        cache = decoder.new_cache(plan, 2)
+        for seq, n in enumerate((10, 20)):
+            decoder.prefill(cache, tokens[seq, :n].tolist(), seq)
+        for t in range(20, 80):
+            yield decoder.decode(cache, tokens[:, t].tolist())
+
+    recorded = list(steps())
+    assert records.count(False) == 10
+    assert records.count(True) < 10
+    monkeypatch.setattr(CpuOps, "record", call_by_call)
+    assert np.array_equal(recorded, list(steps()))
+
+
 def test_two_caches_of_one_decoder(paths: dict[str, Path]) -> None:
     """They share the scratch of the ops."""
     llama = load(paths[NAMES[0]])

@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
@@ -28,7 +29,9 @@ from paper_results import RESULTS, Quality, Rows, repeated  # noqa: E402
 from paper_tables import FIGURE_9_POLICY, FIGURE_10_POLICY, GQA_MODEL, MHA, MODEL, SPARSE  # noqa: E402
 from paper_targets import targets  # noqa: E402
 
+from minirt.attention_speed import method_of  # noqa: E402
 from minirt.auto import FRONTIER  # noqa: E402
+from minirt.policies import parse_policy  # noqa: E402
 
 TEXT = Path(__file__).with_suffix(".md")
 README = Path(__file__).parents[1] / "README.md"
@@ -54,24 +57,28 @@ def advice(quality: Quality) -> str:
 
 def frontier(rows: Rows, quality: Quality) -> str:
     """What --policy auto chooses from, as JSON."""
-    reach: dict[str, float] = {}
+    reach: dict[tuple[str, ...], dict[str, Any]] = {}  # the newest row of those that are alike
     for row in rows.find(benchmark="attention", batch=1):
-        if row["depth"] in (8192, 16384) and row["model"] == MHA:
-            name = row["policy"].partition(":")[0]
-            key = name if row["kv"] == "f16" else f"{name} {row['kv']}"
-            reach[key] = round(row["percent_of_memory"] / 100, 3)
+        query_heads, key_heads, head_dim = map(int, re.split("[/x]", row["model"]))
+        reach[row["model"], row["kv"], row["policy"], row["depth"]] = {
+            "method": method_of(parse_policy(row["resolved"])), "kv": row["kv"], "grouped": query_heads != key_heads,
+            "depth": row["depth"], "width": key_heads * head_dim, "read": round(1 / row["ratio_of_bytes"], 4),
+            "share": round(row["percent_of_memory"] / 100, 3),
+        }  # fmt: skip
     short = min(
         (r for r in rows.find(benchmark="end-to-end", policy="dense") if ".gguf" in r["model"]),
         key=lambda r: r["depth"],
     )
-    reach["weights"] = round(short["percent_of_memory"] / 100, 3)
-    names = ("policy", "kv", "kld", "same_top", "repetition")
+    weights = round(short["percent_of_memory"] / 100, 3)
+    names = ("policy", "kv", "read", "kld", "same_top", "repetition")
     points = [{name: point[name] for name in names} for point in quality.points]
     data = {
         "model": quality.data["model"].removesuffix(".gguf"), "text": quality.data["text"], "head_dim": 64,
-        "n_ctx": quality.data["n_ctx"], "efficiency": {"cpu": reach}, "points": points,
+        "n_ctx": quality.data["n_ctx"], "points": points,
+        "efficiency": {"cpu": {"weights": weights, "attention": list(reach.values())}},
     }  # fmt: skip
-    return json.dumps(data, indent=1) + "\n"
+    text = json.dumps(data, indent=1)
+    return re.sub(r"\{[^{}]*\}", lambda point: re.sub(r"\s+", " ", point[0]), text) + "\n"  # a line each
 
 
 def report(rows: Rows, quality: Quality) -> str:

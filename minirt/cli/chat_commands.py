@@ -125,9 +125,14 @@ def _set(chat: Chat, argument: str) -> None:
 def _set_policy(chat: Chat, text: str) -> None:
     """Takes "sparq:r=16:k=64", "sparq r=16 k=64" and "sparq --r 16 --k 64". The next answer reads all of the
     conversation anew."""
+    from ..auto import AUTO
+
     words = re.sub(r"--([\w-]+)[\s=]+", r"\1=", text).split()
+    policy = ":".join(words)
+    if policy.partition(":")[0] == AUTO:
+        raise UsageError("/set policy: auto is for the start, minirt chat --policy auto --speed 2x")
     try:
-        chat.llama.set_policy(":".join(words))
+        chat.llama.set_policy(policy)
     except UsageError as e:
         raise UsageError(f"/set policy: {e}") from None
     with Progress("compiling kernels"):

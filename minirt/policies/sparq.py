@@ -87,6 +87,11 @@ class SparQ(BasePolicy):
         return int(self.k) if not self.adaptive else MOST if self.most is None else self.most
 
     @property
+    def until(self) -> int:
+        """Tokens up to which a text is attended densely."""
+        return max(self.rows, self.dense_until or 0)
+
+    @property
     def newest(self) -> int:
         if self.local is not None:
             return self.local
@@ -147,16 +152,39 @@ class SparQ(BasePolicy):
         return ops.attend_chunk(q, cache.layers[layer], seq, start)
 
     def attend(self, ops: Ops, cache: Cache, layer: int, q: Array, k: Array, v: Array) -> Array:
-        every, first, stop, few = cache.once(lambda own: every_token(own, max(self.rows, self.dense_until or 0)))
+        n_head = q.shape[1]
+        every, first, whole, stop, joined = cache.once(lambda own: self._ranges(ops, own, n_head))
         kv = cache.layers[layer]
         self._append(ops, cache, layer, every, cache.n_seen, k, v)
-        if few:
-            return ops.attend(q, kv, first, stop)
+        if stop is None:
+            return ops.attend(q, kv, first, whole)
         index, sum_logits = _index(cache, layer), self.gqa == "sum-logit"
         counts = cache.side["counts"][layer] if self.adaptive else None
         how = self.r, self.rows, self.newest, sum_logits, self.least, counts
         rows, weights = ops.approximate_top_k(q, index, stop, *how)
-        return ops.attend_rows(q, kv, rows, stop, weights, _mean(cache, layer), counts)
+        sparse = ops.attend_rows(q, kv, rows, stop, weights, _mean(cache, layer), counts)
+        if whole is None:
+            return sparse
+        out = ops.attend(q, kv, first, whole)
+        ops.join_attention(out, joined[0], sparse, joined[1])
+        return out
+
+    def _ranges(self, ops: Ops, cache: Cache, n_head: int) -> tuple[Any, ...]:
+        """The sequences, where they begin, and where those end that are attended densely, and the others: 0 in the one
+        if it is in the other, None for none at all. If there are both, what joins them, each empty where the other is
+        not: the logarithms of their denominators [B, H_q], and which are dense, for a step that was recorded fills
+        these as it did then."""
+        every, first, stop, few = every_token(cache, self.until)
+        if few:
+            return every, first, stop, None, None
+        dense = stop <= self.until
+        if self.until == self.rows or not dense.any():  # of so few, those that are read are all
+            return every, first, None, stop, None
+        which = dense.tolist()
+        lse = [ops.zeros((len(stop), n_head), _FLOAT32) for _ in range(2)]
+        for seq, whole in enumerate(which):
+            lse[int(whole)][seq] = -np.inf
+        return every, first, np.where(dense, stop, np.int32(0)), np.where(dense, np.int32(0), stop), (*lse, which)
 
     def _append(self, ops: Ops, cache: Cache, layer: int, seq: Any, slot: Any, k: Array, v: Array) -> None:
         ops.append(cache.layers[layer], seq, slot, k, v)
@@ -172,12 +200,12 @@ class SparQ(BasePolicy):
 
     def bytes_read(self, config: ModelConfig, plan: CachePlan, n: int) -> int:
         """S r of the index, 2 k d of rows, d of v_bar (section 4.2, appendix F; what a step writes is not counted)."""
-        rows = plan.rows_bytes(config, (min(n, self.rows),) * config.n_layer)
-        return rows if n <= self.rows else rows + self._beside_rows(config, plan, n)
+        rows = plan.rows_bytes(config, (n if n <= self.until else self.rows,) * config.n_layer)
+        return rows if n <= self.until else rows + self._beside_rows(config, plan, n)
 
     def bytes_touched(self, ops: Ops, config: ModelConfig, cache: Cache, seq: int, n: int) -> float:
         found = [ops.to_host(counts)[seq, :, 1:].sum(axis=0) for counts in cache.side.get("counts", ())]
-        if n <= self.rows or not found or not found[0][1]:
+        if n <= self.until or not found or not found[0][1]:
             return super().bytes_touched(ops, config, cache, seq, n)
         rows = sum(cache.plan.slot_bytes(config, layer) * read / calls for layer, (read, calls) in enumerate(found))
         return float(rows) + self._beside_rows(config, cache.plan, n)
