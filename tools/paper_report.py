@@ -26,7 +26,7 @@ import paper_plots  # noqa: E402
 import paper_tables as tables  # noqa: E402
 from paper_numbers import FIGURE_9, FIGURE_10  # noqa: E402
 from paper_results import RESULTS, Quality, Rows, repeated  # noqa: E402
-from paper_tables import FIGURE_9_POLICY, FIGURE_10_POLICY, GQA_MODEL, MHA, MODEL, SPARSE  # noqa: E402
+from paper_tables import FIGURE_9_POLICY, FIGURE_10_POLICY, GQA_MODEL, MODEL, SPARSE  # noqa: E402
 from paper_targets import targets  # noqa: E402
 
 from minirt.attention_speed import method_of  # noqa: E402
