@@ -15,16 +15,16 @@ bandwidth attention --heads 32/8x128 -d 4096,16384,65536 --policy $sparq "$@"
 budgets=window:budget=512,streaming:budget=512,lm-infinite:budget=512,h2o:budget=512,tova:budget=512,d2o:budget=512
 bandwidth attention --heads 32x128 -d 8192 --policy sparq:r=32:k=128,topk:k=128,$budgets "$@"
 bandwidth attention --heads 32x128 -d 16384 --kv f16,q8_0,q4_0 --policy sparq:r=32:k=128 "$@"
-# What --policy auto chooses from, at the shapes of models that it is used with: SmolLM2-135M, Llama 3.2 3B, OLMo 1B
+# What --policy auto chooses from, at the shapes of models that it is used with: SmolLM2-135M, Llama 3.2 3B
 auto=sparq:r=d/4:k=S/16,sparq:r=d/2:k=S/8,sparq:r=d/4:k=S/16:k_index=q4,sparq:r=d/2:k=S/8:k_index=q4,h2o:budget=1/4
 auto=$auto,tova:budget=1/4
 bandwidth attention --heads 9/3x64 -d 2048 --kv f16,q8_0 --policy "$auto" "$@"
 bandwidth attention --heads 9/3x64 -d 8192 --kv f16,q8_0,q8_0/q4_0,q4_0 --policy "$auto" "$@"
-bandwidth attention --heads 24/8x128 -d 8192 --kv f16,q8_0,q8_0/q4_0,q4_0 --policy "$auto" "$@"
-bandwidth attention --heads 16x128 -d 8192 --kv f16,q8_0 --policy "$auto" "$@"
+bandwidth attention --heads 24/8x128 -d 8192 --kv f16,q8_0 --policy "$auto" "$@"
 # SparQ, figures 9 and 10, and the settings of its microbenchmark in a whole model
 figures=sparq:r=d/12:k=S/12,sparq:r=16:k=S/16,sparq:r=32:k=128
-bandwidth end-to-end --shape 7b --layers 4 -d 4096-131072*2 --policy $figures "$@"
+bandwidth end-to-end --shape 7b --layers 4 -d 4096,8192,16384,65536 --policy $figures "$@"
+bandwidth end-to-end --shape 7b --layers 4 -d 32768,131072 --rounds 25 --policy $figures "$@"
 bandwidth end-to-end --shape 8b-gqa --layers 4 -d 4096,32768 --policy $figures "$@"
 bandwidth end-to-end -d 1024,4096,7168 --policy sparq:r=16:k=128,topk:k=128,$budgets "$@"
 # TOVA, table 1; H2O and D2O at a fifth of the context
