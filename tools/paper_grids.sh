@@ -23,8 +23,7 @@ bandwidth attention --heads 9/3x64 -d 8192 --kv f16,q8_0,q8_0/q4_0,q4_0 --policy
 bandwidth attention --heads 24/8x128 -d 8192 --kv f16,q8_0 --policy "$auto" "$@"
 # SparQ, figures 9 and 10, and the settings of its microbenchmark in a whole model
 figures=sparq:r=d/12:k=S/12,sparq:r=16:k=S/16,sparq:r=32:k=128
-bandwidth end-to-end --shape 7b --layers 4 -d 4096,8192,16384,65536 --policy $figures "$@"
-bandwidth end-to-end --shape 7b --layers 4 -d 32768,131072 --rounds 25 --policy $figures "$@"
+bandwidth end-to-end --shape 7b --layers 4 -d 4096-131072*2 --rounds 25 --policy $figures "$@"
 bandwidth end-to-end --shape 8b-gqa --layers 4 -d 4096,32768 --policy $figures "$@"
 bandwidth end-to-end -d 1024,4096,7168 --policy sparq:r=16:k=128,topk:k=128,$budgets "$@"
 # TOVA, table 1; H2O and D2O at a fifth of the context
