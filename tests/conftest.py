@@ -128,6 +128,7 @@ import time
 import numpy as np
 import minirt.llama
 from minirt.cli import main
+from minirt.sampling import Sampler
 from minirt.session import Session
 
 feed, step = Session.feed, Session.step
@@ -143,6 +144,7 @@ def slow_step(self, token):
 minirt.llama.default_model_path = lambda: {model!r}
 Session.feed = lambda self, tokens, progress=None: without_end(feed(self, tokens, progress))
 Session.step = slow_step
+Sampler.is_greedy = False  # or steps would bring back tokens, not logits
 main(prog_name="minirt")
 """
 

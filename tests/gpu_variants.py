@@ -126,7 +126,7 @@ def run(ops: GpuOps, c: ModelConfig, w: Weights, spec: str, kv: str, batch: int 
     for seq in range(batch):
         decoder.prefill(cache, [1] * n, seq, logits="none")
     for _ in range(2):
-        decoder.decode(cache, [1] * batch)
+        decoder.choose(cache, [1] * batch)
     decoder.rewind(cache, 0, n - 10)
 
 

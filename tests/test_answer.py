@@ -113,6 +113,7 @@ def endless(llama: Llama) -> None:
         return logits
 
     llama.session.step = without_end  # type: ignore[method-assign]
+    llama.session.follow = lambda token, sampler, recent: sampler(without_end(token), recent)  # type: ignore[method-assign]
 
 
 def test_a_full_context_ends_the_answer_and_says_so(llama: Llama) -> None:
