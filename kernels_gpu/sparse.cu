@@ -9,6 +9,11 @@ constexpr int SPLIT = 4;                         // lanes, of a warp, that share
 constexpr int SCORED = WARP / SPLIT * 8;         // tokens of a warp
 constexpr int TILE = WARPS * SCORED;             // of a block; divides the tokens of a block of the index
 constexpr int SETS = (GROUP + 7) / 8, HEADS = (GROUP + SETS - 1) / SETS;  // heads that see a number when it is read
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750  // whose compiler keeps a few more registers for one head
+constexpr int BLOCKS = GROUP > 2 ? 2 : 3;  // of a multiprocessor, at least
+#else
+constexpr int BLOCKS = GROUP > 2 ? 2 : 4;
+#endif
 constexpr int TOGETHER = STORE == F32 || HEADS > 4 ? 4 : 8;               // components on their way to a lane
 
 // Eight sums become two, of all lanes that share the tokens.
@@ -73,7 +78,7 @@ DEVICE void score(const Choice& c, const u8* runs, int tokens, const Components&
 }
 
 // index [B, H_kv, blocks, D, tokens]; q [B, H_q, D]; of sequence b the first stop[b] tokens.
-KERNEL __launch_bounds__(THREADS, GROUP > 2 ? 2 : 4) approximate_top_k(
+KERNEL __launch_bounds__(THREADS, BLOCKS) approximate_top_k(
     const u8* index, int blocks, int tokens, const float* q, const int* stop, int r, int* done, CHOICE
 ) {
     __shared__ union {
