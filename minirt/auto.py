@@ -1,7 +1,9 @@
 """`--policy auto`: from how fast, or how small, a cache shall be to the policy and the KV type that cost the least.
 
 What policies cost in quality was measured on one model (`frontier.json`, made by tools/paper_report.py): points of a
-policy and a KV type with their divergence from dense attention. A point is taken to another model and context in
+policy and a KV type with their divergence from dense attention, and the characters of a passage that they repeat. Those
+that repeat less than half of what dense attention does have forgotten the text, however small their divergence is, and
+are taken only if no other will do. A point is taken to another model and context in
 proportion: the same share of a head's components, of the tokens, of the budget. What it reads and holds there is the
 policy's own account; of the rows that k = auto may read it is the part that was read where it was measured. A token's
 time is its bytes over the memory's speed, each at the share of that speed at which attention of its kind was measured
@@ -32,6 +34,7 @@ from .stores import get_stores
 FRONTIER = Path(__file__).with_name("frontier.json")
 AUTO = "auto"
 STEP = 256  # tokens
+REPEATED = 0.5  # of what dense attention repeats: with less a policy has forgotten; errors of measurement are a third
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,15 @@ class Candidate:
     policy: Policy
     kv: str
     kld: float  # nats, of the model that was measured
+    repeated: float  # characters of a passage that model repeats, as a share of what it does with dense attention
     speed: float  # over dense with a float16 cache, at the end of the context
     full_bytes: float  # that the memory would move in a token's time, if it did nothing else
     held: int  # bytes of cache
     timed: bool  # the speed is of what was measured on this kind of device, not of bytes alone
+
+    @property
+    def forgets(self) -> bool:
+        return self.repeated < REPEATED
 
 
 @functools.cache
@@ -83,7 +91,8 @@ def frontier() -> Mapping[str, Any]:
 
 
 def choose(wanted: Auto, config: ModelConfig, n_ctx: int, weight_bytes: int, kv: str, device: str) -> Candidate:
-    """The candidate of least divergence that is wanted; UsageError with what there is, if there is none.
+    """The candidate of least divergence that is wanted, if possible one that does not forget; UsageError with what
+    there is, if there is none.
 
     weight_bytes: that a token reads. kv: "auto", or the one type that may be. device: the name of an Ops.
     """
@@ -99,7 +108,7 @@ def choose(wanted: Auto, config: ModelConfig, n_ctx: int, weight_bytes: int, kv:
         )
     good = [c for c in found if c.speed >= wanted.speed and (wanted.kv_bytes is None or c.held <= most)]
     if good:
-        return min(good, key=lambda c: (c.kld, -c.speed))
+        return min(good, key=lambda c: (c.forgets, c.kld, -c.speed))
     small = [c for c in found if wanted.kv_bytes is None or c.held <= most]
     if not small:
         least = min(found, key=lambda c: c.held)
@@ -119,6 +128,7 @@ def reason(chosen: Candidate, config: ModelConfig, n_ctx: int, bandwidth: float 
         f"{_text(chosen)}: about {chosen.speed:.1f}x dense at {n_ctx} tokens{speed}, {_share(chosen.held, whole)} of "
         f"its cache; of {len(frontier()['points'])} that were measured the one that does at the least divergence "
         f"({chosen.kld:.3f} nats, on {frontier()['model']})"
+        + (f"; it forgets: it repeats {100 * chosen.repeated:.0f} % of what dense does" if chosen.forgets else "")
         + ("" if chosen.timed else "; the speed is of bytes alone: it was not measured on this device")
     )
 
@@ -153,6 +163,7 @@ def _candidates(config: ModelConfig, n_ctx: int, weight_bytes: int, wanted: str,
         return weights + read / shares.of(method_of(policy), kv, grouped, n, width, read / every)
 
     base = full_bytes(dense, F16, dense_plans[F16])
+    most = max(point["repetition"] for point in data["points"] if point["policy"] == DENSE)
     for point in data["points"]:
         kv, measured = point["kv"], parse_policy(point["policy"])
         if wanted not in (AUTO, kv):
@@ -171,7 +182,8 @@ def _candidates(config: ModelConfig, n_ctx: int, weight_bytes: int, wanted: str,
                 until = n_ctx
             policy = replace(policy, dense_until=until)
         own = full_bytes(policy, kv, plan, part=part)
-        yield Candidate(policy, kv, point["kld"], base / own, own, plan.nbytes(config), bool(shares))
+        repeated = point["repetition"] / most
+        yield Candidate(policy, kv, point["kld"], repeated, base / own, own, plan.nbytes(config), bool(shares))
 
 
 def _part_of_rows(policy: Policy, point: Mapping[str, Any], config: ModelConfig, data: Mapping[str, Any]) -> float:

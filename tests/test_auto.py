@@ -33,10 +33,10 @@ DATA: dict[str, Any] = {
         )
     ]}},
     "points": [
-        {"policy": "dense", "kv": "f16", "kld": 0.0},
-        {"policy": "dense", "kv": "q8_0", "kld": 0.001},
-        {"policy": "sparq:r=8:k=64", "kv": "f16", "kld": 0.04},
-        {"policy": "tova:budget=1/8", "kv": "f16", "kld": 0.2},
+        {"policy": "dense", "kv": "f16", "kld": 0.0, "repetition": 20},
+        {"policy": "dense", "kv": "q8_0", "kld": 0.001, "repetition": 20},
+        {"policy": "sparq:r=8:k=64", "kv": "f16", "kld": 0.04, "repetition": 14},
+        {"policy": "tova:budget=1/8", "kv": "f16", "kld": 0.2, "repetition": 12},
     ],
 }  # fmt: skip
 CONFIG = config_of("7b")
@@ -102,7 +102,7 @@ def test_shares_that_were_not_measured_are_put_together() -> None:
 def test_a_coded_index_is_as_fast_as_it_was_measured(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever one in float16 is."""
     rows = [*DATA["efficiency"]["cpu"]["attention"], row("sparq q4", "f16", share)]
-    point = {"policy": "sparq:r=8:k=64:k_index=q4", "kv": "f16", "kld": 0.04}
+    point = {"policy": "sparq:r=8:k=64:k_index=q4", "kv": "f16", "kld": 0.04, "repetition": 14}
     data = DATA | {"points": [DATA["points"][0], point], "efficiency": {"cpu": {"attention": rows}}}
     monkeypatch.setattr(auto, "frontier", lambda: data)
     bytes_of = N * 16 * 132 // 256 + 2 * 512 * 256 + 128 * 4  # a head: 16 components, 512 rows, the mean
@@ -112,7 +112,8 @@ def test_a_coded_index_is_as_fast_as_it_was_measured(share: float, monkeypatch: 
 def test_rows_that_auto_reads_are_those_it_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of 512 where it was measured, after 1,536 tokens on average, so a quarter of 4096 of 16384."""
     most, read = 2 * 64 * 2, 1536 * 8 * 2 + 512 / 4 * 2 * 64 * 2  # bytes of a head: dense's of a token, and its own
-    point = {"policy": "sparq:r=8:k=auto:reallocate=off", "kv": "f16", "kld": 0.04, "read": read / (1536 * most)}
+    point = {"policy": "sparq:r=8:k=auto:reallocate=off", "kv": "f16", "kld": 0.04, "repetition": 14}
+    point |= {"read": read / (1536 * most)}
     data = DATA | {"points": [DATA["points"][0], point]}
     monkeypatch.setattr(auto, "frontier", lambda: data)
     picked = pick("2x")
@@ -152,6 +153,18 @@ def test_the_least_divergence_that_is_small_enough() -> None:
     assert str(pick(kv_bytes="2GiB").policy) == "tova:budget=1/8"
     with pytest.raises(UsageError, match=r"--kv-bytes 1MiB: the least is 13 % \(tova:budget=1/8 with --kv f16\)"):
         pick(kv_bytes="1MiB")
+
+
+def test_what_forgets_is_taken_if_nothing_else_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little it diverges."""
+    h2o = {"policy": "h2o:budget=1/4", "kv": "f16", "kld": 0.01, "repetition": 5}
+    monkeypatch.setattr(auto, "frontier", lambda: DATA | {"points": [*DATA["points"], h2o]})
+    assert str(pick("2x").policy).startswith("sparq")
+    assert "forgets" not in auto.reason(pick("2x"), CONFIG, N, None)
+    monkeypatch.setattr(auto, "frontier", lambda: DATA | {"points": [*DATA["points"][:2], h2o]})
+    picked = pick("1.8x")
+    assert str(picked.policy) == "h2o:budget=1/4"
+    assert auto.reason(picked, CONFIG, N, None).endswith("; it forgets: it repeats 25 % of what dense does")
 
 
 @pytest.mark.usefixtures("measured")
@@ -194,7 +207,7 @@ def test_what_was_measured_is_there() -> None:
     for point in data["points"]:
         parse_policy(point["policy"])
         get_stores(point["kv"])
-        assert point["kld"] >= 0
+        assert min(point["kld"], point["repetition"]) >= 0
     assert ("dense", "f16") in {(point["policy"], point["kv"]) for point in data["points"]}
 
 
