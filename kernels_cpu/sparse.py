@@ -40,7 +40,7 @@ from .tiles import cached_vectors, score_rows
 from .unowned import hold, unowned
 
 ROWS = 64  # of whole keys that are scored for some heads, then for others, while they are in the first cache
-TOGETHER = 4  # runs that pass by at once: memory keeps up with as many streams
+TOGETHER = 8  # runs that pass by at once: memory keeps up with as many streams
 
 
 @intrinsic
@@ -137,6 +137,13 @@ def choose_components(q, r, run_bytes, offsets, factors, task):  # type: ignore[
 
 
 @kernel
+def pass_tokens(r):  # type: ignore[no-untyped-def]
+    """Tokens that are scored before their exponentials are made: the longer a run, the better it is foreseen, but
+    memory rests while little is read for them."""
+    return TILE if r <= 16 else 4 * TILE
+
+
+@kernel
 def _score_few(  # type: ignore[no-untyped-def]
     index, stop, tokens, most, r, offsets, factors, heads, logits, of_tiles, of_choice, task
 ):
@@ -152,14 +159,17 @@ def _score_few(  # type: ignore[no-untyped-def]
     (own, own_bytes), weighed = logits_of(logits, b, h, group), begin
     if most == 1:
         own, own_bytes = address(alone), alone.strides[0]
-    for tile in range(begin, end, TILE):
-        where = head + tile // block * index.strides[2] + tile % block * index.strides[4]
-        later = tile + TILE if tile + TILE < end else tile
+    first = begin
+    while first < end:
+        where = head + first // block * index.strides[2] + first % block * index.strides[4]
+        n = min(pass_tokens(r), block - first % block, end - first)
+        later = first + n if first + n < end else first
         ahead = head + later // block * index.strides[2] + later % block * index.strides[4]
         for g in range(0, group, len(heads)):
-            to, n = own + g * own_bytes + 4 * tile, min(TILE, end - tile)
+            to = own + g * own_bytes + 4 * first
             add_runs(index, where, ahead, chosen, by + 4 * g, group, r, n, to, own_bytes, heads)
-        weighed = weigh(b, h, weighed, min(tile + TILE, end), end, own, own_bytes, *of_tiles)
+        first += n
+        weighed = weigh(b, h, weighed, first, end, own, own_bytes, *of_tiles)
     finish_part(b, h, stop, own, own_bytes, *of_tiles, *of_choice)
     hold((alone,))
 
