@@ -11,6 +11,7 @@ length, in whatever order the numbers lie.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ from .ir_vectors import (
     store,
     vector,
 )
+from .isa import has
 from .pointers import address
 from .unowned import unowned
 
@@ -184,14 +186,60 @@ def glance(typingctx: Any, where: Any, key: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
+# -- those that reach a bound, side by side ----------------------------------------------------------------------------
+
+
+def _pack(b: ir.IRBuilder, mask: Value, places: Sequence[tuple[Value, Value]], count: Value) -> Value:
+    """Writes the lanes of 16 int32 where the mask is set, side by side, to `count` items behind a pointer: of each pair
+    (lanes, pointer). Returns the count with them. Up to 16 items are written, whatever they are."""
+    to = b.mul(count, I64(4))
+    if has("avx512f"):
+        whole = vector(I32)
+        kind = ir.FunctionType(whole, [whole, whole, mask.type])
+        compress = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512.mask.compress.v16i32")
+        for lanes, pointer in places:
+            store(b, b.call(compress, [lanes, like(lanes, 0), mask]), at(b, pointer, to))
+        return b.add(count, b.zext(b.ctpop(b.bitcast(mask, I16)), I64))
+    for lane in range(LANES):
+        for lanes, pointer in places:
+            store(b, b.extract_element(lanes, I32(lane)), at(b, pointer, b.mul(count, I64(4))))
+        count = b.add(count, b.zext(b.extract_element(mask, I32(lane)), I64))
+    return count
+
+
 @intrinsic
-def lowest_bit(typingctx: Any, bits: Any) -> Any:
-    """Which is the lowest bit set of a word that is not 0."""
+def collect(typingctx: Any, values: Any, first: Any, least: Any, keys: Any, indices: Any, count: Any) -> Any:
+    """Of 16 float32 at `values`, from the number `first` on, those whose keys reach `least`, appended to keys and
+    indices, int32 arrays that have `count` of them. Returns how many they have then."""
 
     def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
-        return b.cttz(args[0], cgutils.true_bit)
+        values, first, least, keys, indices, count = args
+        place = at(b, b.inttoptr(values, cgutils.voidptr_t), b.mul(first, I64(4)))
+        found = _keys(b, load(b, place, vector(F32)))
+        numbers = b.add(splat(b, b.trunc(first, I32)), ir.Constant(vector(I32), list(range(LANES))))
+        (keys, _, _), (indices, _, _) = (
+            into_array(context, b, signature.args[i], array) for i, array in ((3, keys), (4, indices))
+        )
+        mask = b.icmp_signed(">=", found, splat(b, b.trunc(least, I32)))
+        return _pack(b, mask, ((found, keys), (numbers, indices)), count)
 
-    return types.int64(types.int64), codegen
+    i = types.int64
+    return i(i, i, i, keys, indices, i), codegen
+
+
+@intrinsic
+def keep(typingctx: Any, keys: Any, indices: Any, first: Any, least: Any, count: Any) -> Any:
+    """The same of keys and indices themselves: those of the 16 from `first` on, which is not before `count`."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        arrays, first, least, count = args[:2], *args[2:]
+        pointers = [into_array(context, b, signature.args[i], array)[0] for i, array in enumerate(arrays)]
+        lanes = [load(b, at(b, pointer, b.mul(first, I64(4))), vector(I32)) for pointer in pointers]
+        mask = b.icmp_signed(">=", lanes[0], splat(b, b.trunc(least, I32)))
+        return _pack(b, mask, tuple(zip(lanes, pointers, strict=True)), count)
+
+    i = types.int64
+    return i(keys, indices, i, i, i), codegen
 
 
 # -- selection ---------------------------------------------------------------------------------------------------------
@@ -222,9 +270,13 @@ def keep_largest(keys, indices, n, m):  # type: ignore[no-untyped-def]
     Returns what _reached_by does. The 16 keys behind the first n are overwritten.
     """
     least = _reached_by(keys, n, m)
-    equal = m - count_from(keys, n, least + 1)  # that stay
-    kept = 0
-    for i in range(n):
+    kept = begin = 0
+    if count_from(keys, n, least) == m:  # all that equal it stay
+        begin = n // 16 * 16
+        for i in range(0, begin, 16):
+            kept = keep(keys, indices, i, least, kept)
+    equal = m - kept - count_from(keys[begin:], n - begin, least + 1)  # that stay
+    for i in range(begin, n):
         key, index = np.int64(keys[i]), indices[i]
         tie = key == least and equal > 0
         keys[kept], indices[kept] = key, index
@@ -267,14 +319,13 @@ def _collect_largest(values, n, m, keys, indices):  # type: ignore[no-untyped-de
     least = _bound(values, n, m, keys) if n >= 16 * m else _sampled_bound(values, n, m, keys)
     room, count = 4 * m + SPARE - GLANCE, 0
     for first in range(0, n, GLANCE):
-        lanes = glance(values + 4 * first, least) if first + GLANCE <= n else (1 << (n - first)) - 1
-        while lanes != 0:
-            lane = lowest_bit(lanes)
-            lanes ^= 1 << lane
-            key = key_at(values, first + lane)
-            if key >= least:
-                keys[count], indices[count] = key, first + lane
-                count += 1
+        if first + GLANCE > n:
+            for i in range(first, n):
+                keys[count], indices[count] = key_at(values, i), i
+                count += keys[count] >= least
+        elif glance(values + 4 * first, least):
+            for i in range(first, first + GLANCE, 16):
+                count = collect(values, i, least, keys, indices, count)
         if count > room:
             least, count = keep_largest(keys, indices, count, m) + 1, m
     keep_largest(keys, indices, count, m)
