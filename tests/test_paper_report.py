@@ -27,6 +27,7 @@ POINTS = [
         ("tova:budget=1/8", "f16", 0.13, 0.13, 0.3),
     )
 ]  # fmt: skip
+PALU = {"policy": "dense", "kv": "latent-q4", "read": 0.14, "held": 0.14, "kld": 0.1, "keep": 0.5} | SAME
 
 
 SPARQ = tables.FIGURE_9_POLICY
@@ -35,7 +36,7 @@ SPARQ = tables.FIGURE_9_POLICY
 @pytest.fixture
 def quality(tmp_path: Path) -> tables.Quality:
     file = tmp_path / "pareto.json"
-    file.write_text(json.dumps({"model": "smollm2.gguf", "n_ctx": 2048, "points": POINTS}))
+    file.write_text(json.dumps({"model": "smollm2.gguf", "n_ctx": 2048, "points": [*POINTS, PALU]}))
     return tables.Quality(file)
 
 
@@ -59,6 +60,15 @@ def test_the_frontier_is_what_nothing_beats(quality: tables.Quality) -> None:
         "tova:budget=1/8", "sparq:r=5:k=170", "dense", "dense",
     ]  # fmt: skip
     assert [p["kv"] for p in tables.frontier(quality.points, "held")] == ["f16", "q8_0", "f16"]
+
+
+def test_copies_of_the_model_are_a_way_of_their_own(quality: tables.Quality) -> None:
+    """On the frontier, but not what the README or --policy auto tell to take: they need another file."""
+    frontier = tables.frontier(quality.every, "read")
+    assert PALU in frontier
+    assert "| `dense` | latent-q4, 50 % of the rank | 14 % | 14 % | 0.1000 |" in tables.prices(frontier)
+    assert quality.low_rank == [PALU]
+    assert "latent" not in paper_report.advice(quality)
 
 
 def test_a_policy_by_its_shares() -> None:

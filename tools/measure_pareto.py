@@ -3,7 +3,8 @@
     python tools/measure_pareto.py --model smollm2-q4_0.gguf --text tinyshakespeare.txt -o tools/results/pareto.json
 
 Divergence is from dense attention to a float16 cache, where the second half of each window is decoded token by token;
-repetition is that task of `minirt eval`. OUTPUT is renewed after each point, and what it holds is not measured again.
+repetition is that task of `minirt eval`. Palu's points are of copies of the model with low-rank keys and values, which
+are made here. OUTPUT is renewed after each point, and what it holds is not measured again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import numpy as np
 
 from minirt import Llama
 from minirt.bandwidth.grid import Machine, commit
+from minirt.palu import convert
 from minirt.perplexity import Divergence, cut_windows, decoded_logits, dense_log_probs, first_scored
 from minirt.policies import parse_policy
 from minirt.progress import Progress
@@ -42,7 +45,10 @@ POINTS = [  # (policy, KV type)
     *((f"{name}:budget={budget}", "f16") for name, budget in (("tova", "1/16"), ("h2o", "1/5"), ("d2o", "1/5"))),
     *((f"{name}:budget={budget}", "q8_0") for name in ("h2o", "tova") for budget in BUDGETS),
 ]
-BASE = ("dense", "f16")
+LOW_RANK = [  # (policy, KV type, share of the rank that is kept)
+    *(("dense", latent, keep) for keep in (0.7, 0.5) for latent in ("latent-f16", "latent-q4")),
+    ("h2o:budget=1/4", "latent-q4", 0.7),
+]
 N_CTX, WINDOWS = 2048, 4
 EXAMPLES, LENGTH = 16, 1024  # of repetition
 SEEN = range(first_scored(N_CTX) + 1, N_CTX)  # tokens in the cache when the scored ones are predicted
@@ -79,22 +85,27 @@ def repetition(model: str, policy: str, kv: str, threads: int) -> dict[str, floa
 def main(model: str, text: str, threads: int, output: Path) -> None:
     """Measures all points, and writes OUTPUT."""
     known = json.loads(output.read_text()) if output.exists() else {"points": []}
-    points = {(point["policy"], point["kv"]): point for point in known["points"]}
-    base = windows = None
-    for i, (policy, kv) in enumerate(POINTS):
-        if (policy, kv) in points:
-            continue
-        with Progress(f"{policy}, {kv}: point {i + 1} of {len(POINTS)}"):
-            with Llama.load(model, n_ctx=N_CTX, policy=policy, kv=kv, threads=threads) as llama:
-                if base is None:
-                    windows = cut_windows(llama.tokenize(Path(text).read_text()), N_CTX, WINDOWS)
-                    base = np.stack([rows.copy() for rows in dense_log_probs(llama, windows)])
+    points = {(point["policy"], point["kv"], point.get("keep")): point for point in known["points"]}
+    wanted = [point for point in [*((*pair, None) for pair in POINTS), *LOW_RANK] if point not in points]
+    if not wanted:
+        return
+    with Progress("dense attention"), Llama.load(model, n_ctx=N_CTX, threads=threads) as llama:
+        windows = cut_windows(llama.tokenize(Path(text).read_text()), N_CTX, WINDOWS)
+        base = np.stack([rows.copy() for rows in dense_log_probs(llama, windows)])
+        machine = Machine(llama.decoder.ops, threads)
+    for i, (policy, kv, keep) in enumerate(wanted):
+        with Progress(f"{policy}, {kv}: point {i + 1} of {len(wanted)}"), tempfile.TemporaryDirectory() as folder:
+            file = model
+            if keep is not None:
+                file = str(Path(folder) / "low_rank.gguf")
+                convert(model, file, keep=keep, threads=threads)
+            with Llama.load(file, n_ctx=N_CTX, policy=policy, kv=kv, threads=threads) as llama:
                 point = {"policy": policy, "kv": kv, **measured(llama, windows, base)}
-                machine = Machine(llama.decoder.ops, threads)
-            point |= repetition(model, policy, kv, threads)
-        points[policy, kv] = point | {"commit": commit()}
+            point |= repetition(file, policy, kv, threads)
+        point |= {} if keep is None else {"keep": keep}
+        points[policy, kv, keep] = point | {"cpu": machine.name, "commit": commit()}
         facts = {"model": Path(model).name, "text": Path(text).name, "n_ctx": N_CTX, "windows": WINDOWS} | {
-            "examples": EXAMPLES, "length": LENGTH, "cpu": machine.name, **machine.facts(),
+            "examples": EXAMPLES, "length": LENGTH, **machine.facts(),
         }  # fmt: skip
         output.write_text(json.dumps(facts | {"points": list(points.values())}, indent=1) + "\n")
         click.echo(

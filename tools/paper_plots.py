@@ -71,11 +71,16 @@ def _throughput(axes: Any, rows: Rows) -> None:
     axes.set(xscale="log", xlabel="budget of 4096 tokens", ylabel="tokens/s over dense")
 
 
+def _method(point: Row) -> str:
+    name: str = point["policy"].partition(":")[0]
+    return "palu" if "keep" in point else name
+
+
 def _pareto(points: list[Row], frontier: Callable[[list[Row], str], list[Row]], path: Path) -> None:
     figure, panels = _new(2)
     for axes, axis, label in zip(panels, ("read", "held"), ("read for a token", "held"), strict=True):
-        for i, name in enumerate(dict.fromkeys(p["policy"].partition(":")[0] for p in points)):
-            own = [p for p in points if p["policy"].partition(":")[0] == name and p["kld"] > 0]
+        for i, name in enumerate(dict.fromkeys(map(_method, points))):
+            own = [p for p in points if _method(p) == name and p["kld"] > 0]
             axes.scatter([100 * p[axis] for p in own], [p["kld"] for p in own], s=22, color=f"C{i}", label=name)
         best = [p for p in frontier(points, axis) if p["kld"] > 0]
         axes.plot([100 * p[axis] for p in best], [p["kld"] for p in best], color="0.4", linewidth=0.9, zorder=0)

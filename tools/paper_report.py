@@ -113,8 +113,9 @@ def report(rows: Rows, quality: Quality) -> str:
         adaptive=paper_adaptive.adaptive(adaptive["policies"]),
         adaptive_text=f"{adaptive['chunks']} windows of {adaptive['n_ctx']} tokens of {adaptive['text']}",
         beside_fixed=paper_adaptive.beside_fixed(quality),
-        by_read=tables.pareto(quality, "read"),
-        by_held=tables.pareto(quality, "held"),
+        by_read=tables.prices(tables.frontier(quality.every, "read")),
+        by_held=tables.prices(tables.frontier(quality.every, "held")),
+        low_rank=tables.prices(quality.low_rank),
     )
 
 
@@ -141,7 +142,7 @@ def main() -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: they need matplotlib, pip install 'minirt[plot]'", file=sys.stderr)
         return
-    paper_plots.draw(rows, quality.points, tables.frontier, RESULTS / "plots")
+    paper_plots.draw(rows, quality.every, tables.frontier, RESULTS / "plots")
 
 
 if __name__ == "__main__":

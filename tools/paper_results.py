@@ -58,7 +58,9 @@ class Quality:
 
     def __init__(self, path: Path):
         self.data: Row = json.loads(path.read_text())
-        self.points: list[Row] = self.data["points"]
+        self.every: list[Row] = self.data["points"]
+        self.points = [p for p in self.every if "keep" not in p]
+        self.low_rank = [p for p in self.every if "keep" in p]  # of copies of the model that Palu made
         self.n_ctx: int = self.data["n_ctx"]
         self.dense = next(p for p in self.points if (p["policy"], p["kv"]) == ("dense", "f16"))
 

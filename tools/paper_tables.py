@@ -201,13 +201,19 @@ def frontier(points: Sequence[Row], axis: str) -> list[Row]:
     return out
 
 
-def pareto(quality: Quality, axis: str) -> str:
+def kv_of(point: Row) -> str:
+    """The KV type, and how much of the rank Palu kept."""
+    return f"{point['kv']}, {percent(point['keep'])} of the rank" if "keep" in point else str(point["kv"])
+
+
+def prices(points: Sequence[Row]) -> str:
+    """What they read, hold, and cost."""
     lines = [
         [
-            f"`{p['policy']}`", p["kv"], percent(p["read"]), percent(p["held"]), f"{p['kld']:.4f}",
+            f"`{p['policy']}`", kv_of(p), percent(p["read"]), percent(p["held"]), f"{p['kld']:.4f}",
             f"{100 * p['same_top']:.1f} %", repeated(p),
         ]
-        for p in frontier(quality.points, axis)
+        for p in points
     ]  # fmt: skip
     return table("policy | kv | read | held | KL divergence | same token | repeated", lines)
 
