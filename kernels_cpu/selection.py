@@ -49,6 +49,7 @@ GLANCE = 64  # numbers compared with the bound together: the bits of a word
 SPARE = 1024  # numbers collected beyond four times those wanted
 SAMPLED = 16  # one of so many numbers is in a sample, 16 neighbours together
 GUESSES = 2  # of a bound, each lower than the one before
+PACKS = has("avx512f")  # an instruction moves the lanes of a mask together
 
 
 # -- keys --------------------------------------------------------------------------------------------------------------
@@ -186,25 +187,28 @@ def glance(typingctx: Any, where: Any, key: Any) -> Any:
     return types.int64(types.int64, types.int64), codegen
 
 
-# -- those that reach a bound, side by side ----------------------------------------------------------------------------
+@intrinsic
+def lowest_bit(typingctx: Any, bits: Any) -> Any:
+    """Which is the lowest bit set of a word that is not 0."""
+
+    def codegen(context: Any, b: ir.IRBuilder, signature: Any, args: Any) -> Value:
+        return b.cttz(args[0], cgutils.true_bit)
+
+    return types.int64(types.int64), codegen
+
+
+# -- those that reach a bound, side by side: where PACKS ---------------------------------------------------------------
 
 
 def _pack(b: ir.IRBuilder, mask: Value, places: Sequence[tuple[Value, Value]], count: Value) -> Value:
     """Writes the lanes of 16 int32 where the mask is set, side by side, to `count` items behind a pointer: of each pair
     (lanes, pointer). Returns the count with them. Up to 16 items are written, whatever they are."""
-    to = b.mul(count, I64(4))
-    if has("avx512f"):
-        whole = vector(I32)
-        kind = ir.FunctionType(whole, [whole, whole, mask.type])
-        compress = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512.mask.compress.v16i32")
-        for lanes, pointer in places:
-            store(b, b.call(compress, [lanes, like(lanes, 0), mask]), at(b, pointer, to))
-        return b.add(count, b.zext(b.ctpop(b.bitcast(mask, I16)), I64))
-    for lane in range(LANES):
-        for lanes, pointer in places:
-            store(b, b.extract_element(lanes, I32(lane)), at(b, pointer, b.mul(count, I64(4))))
-        count = b.add(count, b.zext(b.extract_element(mask, I32(lane)), I64))
-    return count
+    to, whole = b.mul(count, I64(4)), vector(I32)
+    kind = ir.FunctionType(whole, [whole, whole, mask.type])
+    compress = cgutils.get_or_insert_function(b.module, kind, "llvm.x86.avx512.mask.compress.v16i32")
+    for lanes, pointer in places:
+        store(b, b.call(compress, [lanes, like(lanes, 0), mask]), at(b, pointer, to))
+    return b.add(count, b.zext(b.ctpop(b.bitcast(mask, I16)), I64))
 
 
 @intrinsic
@@ -271,7 +275,7 @@ def keep_largest(keys, indices, n, m):  # type: ignore[no-untyped-def]
     """
     least = _reached_by(keys, n, m)
     kept = begin = 0
-    if count_from(keys, n, least) == m:  # all that equal it stay
+    if PACKS and count_from(keys, n, least) == m:  # all that equal it stay
         begin = n // 16 * 16
         for i in range(0, begin, 16):
             kept = keep(keys, indices, i, least, kept)
@@ -323,9 +327,17 @@ def _collect_largest(values, n, m, keys, indices):  # type: ignore[no-untyped-de
             for i in range(first, n):
                 keys[count], indices[count] = key_at(values, i), i
                 count += keys[count] >= least
-        elif glance(values + 4 * first, least):
-            for i in range(first, first + GLANCE, 16):
-                count = collect(values, i, least, keys, indices, count)
+        else:
+            lanes = glance(values + 4 * first, least)
+            if PACKS:
+                for i in range(first, first + GLANCE if lanes != 0 else first, 16):
+                    count = collect(values, i, least, keys, indices, count)
+            else:
+                while lanes != 0:
+                    lane = lowest_bit(lanes)
+                    lanes ^= 1 << lane
+                    keys[count], indices[count] = key_at(values, first + lane), first + lane
+                    count += keys[count] >= least
         if count > room:
             least, count = keep_largest(keys, indices, count, m) + 1, m
     keep_largest(keys, indices, count, m)
