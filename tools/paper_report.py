@@ -34,6 +34,7 @@ from minirt.auto import FRONTIER  # noqa: E402
 from minirt.policies import parse_policy  # noqa: E402
 
 TEXT = Path(__file__).with_suffix(".md")
+SPEED, BEFORE = RESULTS / "bandwidth_cpu.jsonl", RESULTS / "bandwidth_xeon.jsonl"
 README = Path(__file__).parents[1] / "README.md"
 
 
@@ -81,7 +82,11 @@ def frontier(rows: Rows, quality: Quality) -> str:
     return re.sub(r"\{[^{}]*\}", lambda point: re.sub(r"\s+", " ", point[0]), text) + "\n"  # a line each
 
 
-def report(rows: Rows, quality: Quality) -> str:
+def commits(rows: Rows) -> str:
+    return ", ".join(sorted({row["commit"] for row in rows.all}))
+
+
+def report(rows: Rows, before: Rows, quality: Quality) -> str:
     """paper_report.md with its tables."""
     first, palu, adaptive = rows.all[0], tables.load("palu_speed.json")["native"], tables.load("adaptive_k.json")
     bandwidths = [row["memory_bytes_per_second"] / 1e9 for row in rows.all]
@@ -90,12 +95,15 @@ def report(rows: Rows, quality: Quality) -> str:
         first=first,
         q=quality.data,
         versions=", ".join(f"{name} {version}" for name, version in first["versions"].items()),
-        commits=", ".join(sorted({row["commit"] for row in rows.all})),
+        commits=commits(rows),
         slowest=f"{min(bandwidths):.1f}",
         fastest=f"{max(bandwidths):.1f}",
         dense_repeated=repeated(quality.dense),
         file_model=rows.file_model,
-        targets=targets(rows, adaptive["policies"]),
+        targets=targets(rows, before, adaptive["policies"]),
+        before=before.all[0]["device"],
+        before_commits=commits(before),
+        palu_cpu=palu["cpu"],
         attention=tables.attention(rows, quality),
         batches=tables.batches(rows),
         grouped=tables.grouped(rows),
@@ -135,8 +143,8 @@ def readme(rows: Rows, quality: Quality, text: str) -> str:
 
 
 def main() -> None:
-    rows, quality = Rows(RESULTS / "bandwidth_cpu.jsonl"), Quality(RESULTS / "pareto.json")
-    (RESULTS / "REPORT.md").write_text(report(rows, quality))
+    rows, before, quality = Rows(SPEED), Rows(BEFORE), Quality(RESULTS / "pareto.json")
+    (RESULTS / "REPORT.md").write_text(report(rows, before, quality))
     FRONTIER.write_text(frontier(rows, quality))
     README.write_text(readme(rows, quality, README.read_text()))
     if importlib.util.find_spec("matplotlib") is None:

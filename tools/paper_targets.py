@@ -13,35 +13,44 @@ EVICTING = ("h2o", "tova", "d2o")
 OF_THEORY, OVER_LIMIT, OF_BYTES = 0.85, 1.3, 0.8
 
 
-def targets(rows: Rows, adaptive: Mapping[str, Row]) -> str:
-    """adaptive: the policies of adaptive_k.json."""
-    lines: list[list[str]] = []
+Reached = tuple[str, str, bool]  # what was wanted, what was reached, whether that is enough
 
-    def add(work: str, wanted: str, reached: str, met: bool) -> None:
-        lines.append([work, wanted, reached, "yes" if met else "**no**"])
 
+def targets(rows: Rows, before: Rows, adaptive: Mapping[str, Row]) -> str:
+    """before: of an earlier version, on another machine. adaptive: the policies of adaptive_k.json."""
+    found, earlier = _speeds(rows), _speeds(before)
+    every = every_policy(rows)
+    other = [row["policy"] for row in every if row["bytes_formula"] != row["bytes_read"]]
+    explained = all(policy.startswith(EVICTING) for policy in other)  # they read positions and sums, too: see below
+    reached = f"{len(every) - len(other)} of {len(every)} policies exactly" + ", the others explained" * explained
+    found["bytes by formula and as touched"] = "alike, or explained", reached, explained
+    below, unbeaten, total = lower_than_fixed(adaptive)
+    work = "adaptive k, equal bytes: divergence below that of a fixed k"
+    found[f"{work} of the same r"] = "all points", f"{below} of {total}", below == total
+    found[f"{work} of any r"] = "all points", f"{unbeaten} of {total}", unbeaten == total
+    lines = [
+        [work, wanted, reached, "yes" if met else "**no**", earlier[work][1] if work in earlier else "-"]
+        for work, (wanted, reached, met) in found.items()
+    ]
+    return table("work | target | reached | met | before", lines)
+
+
+def _speeds(rows: Rows) -> dict[str, Reached]:
+    """By the work."""
+    found: dict[str, Reached] = {}
     own: dict[str, Any] = {**WHOLE, "model": MODEL}
     for depth, cell in rows.by_depth(("dense", FIGURE_9_POLICY), **own).items():
         if depth in (32768, 131072):
             share = cell[FIGURE_9_POLICY]["speed_up"] / cell[FIGURE_9_POLICY]["theory"]
             work = f"figure 9, S = {depth}: speed-up over theory"
-            add(work, f"{percent(OF_THEORY)} or more", percent(share), share >= OF_THEORY)
+            found[work] = f"{percent(OF_THEORY)} or more", percent(share), share >= OF_THEORY
     for depth, cell in rows.by_depth(("dense", SPARSE), **own).items():
         if depth == 32768:
             over, work = over_limit(cell[SPARSE]), f"7B shape, r=32 k=128, S = {depth}: time over byte limit"
-            add(work, f"{OVER_LIMIT}x or less", f"{over:.2f}x", over <= OVER_LIMIT)
+            found[work] = f"{OVER_LIMIT}x or less", f"{over:.2f}x", over <= OVER_LIMIT
     for depth, cell in rows.by_depth(("dense", SPARSE), **ALONE, model=MHA, batch=1).items():
         if depth in (16384, 65536):
             share = cell[SPARSE]["speed_up"] / cell[SPARSE]["ratio_of_bytes"]
             work = f"attention alone, r=32 k=128, S = {depth}: speed-up over ratio of bytes"
-            add(work, f"{OF_BYTES} or more", f"{share:.2f}", share >= OF_BYTES)
-    every = every_policy(rows)
-    other = [row["policy"] for row in every if row["bytes_formula"] != row["bytes_read"]]
-    explained = all(policy.startswith(EVICTING) for policy in other)  # they read positions and sums, too: see below
-    reached = f"{len(every) - len(other)} of {len(every)} policies exactly" + ", the others explained" * explained
-    add("bytes by formula and as touched", "alike, or explained", reached, explained)
-    below, unbeaten, total = lower_than_fixed(adaptive)
-    work = "adaptive k, equal bytes: divergence below that of a fixed k"
-    add(f"{work} of the same r", "all points", f"{below} of {total}", below == total)
-    add(f"{work} of any r", "all points", f"{unbeaten} of {total}", unbeaten == total)
-    return table("work | target | reached | met", lines)
+            found[work] = f"{OF_BYTES} or more", f"{share:.2f}", share >= OF_BYTES
+    return found
