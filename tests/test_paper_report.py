@@ -127,7 +127,8 @@ def test_misses_of_targets_are_said(tmp_path: Path) -> None:
     adaptive = {policy: {"kv_bytes_read": nbytes, "kld": kld} for policy, (nbytes, kld) in of_any.items()}
     assert paper_adaptive.lower_than_fixed(adaptive) == (1, 0, 2)
     rows, before = (
-        rows_of(tmp_path, *(row for s in depths for row in whole_model(s, SPARQ))) for depths in ((32768, 131072), (32768,))
+        rows_of(tmp_path, *(row for s in depths for row in whole_model(s, SPARQ)))
+        for depths in ((32768, 131072), (32768,))
     )
     text = targets(rows, before, adaptive)
     assert "| figure 9, S = 32768: speed-up over theory | 85 % or more | 80 % | **no** | 80 % |" in text
