@@ -2,8 +2,8 @@
 
 What policies cost in quality was measured on one model (`frontier.json`, made by tools/paper_report.py): points of a
 policy and a KV type with their divergence from dense attention, and the characters of a passage that they repeat. Those
-that repeat less than half of what dense attention does have forgotten the text, however small their divergence is, and
-are taken only if no other will do. A point is taken to another model and context in
+that repeat, with a standard error more, less than half of what dense attention does have forgotten the text, however
+small their divergence is, and are taken only if no other will do. A point is taken to another model and context in
 proportion: the same share of a head's components, of the tokens, of the budget. What it reads and holds there is the
 policy's own account; of the rows that k = auto may read it is the part that was read where it was measured. A token's
 time is its bytes over the memory's speed, each at the share of that speed at which attention of its kind was measured
@@ -34,14 +34,14 @@ from .stores import get_stores
 FRONTIER = Path(__file__).with_name("frontier.json")
 AUTO = "auto"
 STEP = 256  # tokens
-REPEATED = 0.5  # of what dense attention repeats: with less a policy has forgotten; errors of measurement are a third
+REPEATED = 0.5  # of what dense attention repeats: with less a policy has forgotten
 
 
 @dataclass(frozen=True)
 class Auto:
     """What is wanted: a speed over dense attention with a float16 cache, or a cache of no more than so much."""
 
-    speed: float = 1.0
+    speed: float = 0.0
     kv_bytes: Budget | None = None
 
     @classmethod
@@ -73,6 +73,7 @@ class Candidate:
     kv: str
     kld: float  # nats, of the model that was measured
     repeated: float  # characters of a passage that model repeats, as a share of what it does with dense attention
+    repeated_error: float  # standard error of that
     speed: float  # over dense with a float16 cache, at the end of the context
     full_bytes: float  # that the memory would move in a token's time, if it did nothing else
     held: int  # bytes of cache
@@ -80,7 +81,7 @@ class Candidate:
 
     @property
     def forgets(self) -> bool:
-        return self.repeated < REPEATED
+        return self.repeated + self.repeated_error < REPEATED
 
 
 @functools.cache
@@ -127,7 +128,8 @@ def reason(chosen: Candidate, config: ModelConfig, n_ctx: int, bandwidth: float 
     return (
         f"{_text(chosen)}: about {chosen.speed:.1f}x dense at {n_ctx} tokens{speed}, {_share(chosen.held, whole)} of "
         f"its cache; of {len(frontier()['points'])} that were measured the one that does at the least divergence "
-        f"({chosen.kld:.3f} nats, on {frontier()['model']})"
+        + ("" if chosen.forgets else "and does not forget the text ")
+        + f"({chosen.kld:.3f} nats, on {frontier()['model']})"
         + (f"; it forgets: it repeats {100 * chosen.repeated:.0f} % of what dense does" if chosen.forgets else "")
         + ("" if chosen.timed else "; the speed is of bytes alone: it was not measured on this device")
     )
@@ -179,11 +181,11 @@ def _candidates(config: ModelConfig, n_ctx: int, weight_bytes: int, wanted: str,
                 if full_bytes(policy, kv, plan, until, part) < full_bytes(dense, kv, dense_plans[kv], until):
                     break
             else:
-                until = n_ctx
+                continue  # dense attention is a point of its own
             policy = replace(policy, dense_until=until)
         own = full_bytes(policy, kv, plan, part=part)
-        repeated = point["repetition"] / most
-        yield Candidate(policy, kv, point["kld"], repeated, base / own, own, plan.nbytes(config), bool(shares))
+        repeated = point["repetition"] / most, point["repetition_error"] / most
+        yield Candidate(policy, kv, point["kld"], *repeated, base / own, own, plan.nbytes(config), bool(shares))
 
 
 def _part_of_rows(policy: Policy, point: Mapping[str, Any], config: ModelConfig, data: Mapping[str, Any]) -> float:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -285,9 +287,30 @@ def test_other_settings_are_measured_anew(cli: Cli, tiny: Path, tmp_path: Path) 
         assert len(file.read_text().splitlines()) == n
 
 
+def test_policies_that_were_not_measured_in_turn_are_no_cell(cli: Cli, tmp_path: Path) -> None:
+    """Each is known, but beside another run of dense attention."""
+    file = tmp_path / "a.jsonl"
+    flags = ("attention", "--device", "reference", "--heads", "1x32", "-d", 16, "--rounds", 1, "--save", file)
+    first, second = "window:budget=8", "topk:k=4"
+    for policies, n in ((first, 2), (second, 3), (f"{first},{second}", 6), (f"{first},{second}", 6)):
+        if policies == second:  # as if dense attention had not been measured with the first one
+            rows = file.read_text().splitlines()
+            file.write_text(rows[1] + "\n")
+        result = cli("bandwidth", *flags, "--policy", policies)
+        assert result.exit_code == 0, result.stderr
+        assert len(file.read_text().splitlines()) == n
+
+
+def test_the_tool_says_what_is_wrong_in_a_line() -> None:
+    tool = Path(__file__).parents[1] / "tools" / "bandwidth.py"
+    command = [sys.executable, tool, "attention", "--policy", "nosuch"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, "unknown policy" in only_line(result.stderr)) == (2, True)
+
+
 def test_rows_of_before_their_settings_were_kept_count_as_the_default(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
-    file.write_bytes((RESULTS / "bandwidth_cpu.jsonl").read_bytes())
+    file.write_bytes((RESULTS / "bandwidth_xeon.jsonl").read_bytes())
     with Rows(file) as rows:
         for row in list(rows.rows.values()):
             assert rows.find(**Rows.defaults | row) is row

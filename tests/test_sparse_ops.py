@@ -145,6 +145,23 @@ def test_the_best(
         assert_best(rows[b, :, :m], weights[b, :, :m], p[3 + b], n, 0, False, rounding(store))
 
 
+@pytest.mark.parametrize("n_head_kv", [17, 32])
+def test_long_passes(ops: Any, n_head_kv: int) -> None:
+    """So many heads that each is a part of its own: more than a tile is scored before its exponentials are made, but
+    never beyond a block of the index, here of 1,536 tokens."""
+    stop, d, r = int32(3013, 2000), 32, 20
+    found = []
+    for device in (ops, TRUTH):
+        index = device.zeros((2, n_head_kv, 2, d, 3 * INDEX_UNIT), np.dtype(np.float16))
+        for seq, n in enumerate(stop):
+            rows = normal(int(n), n_head_kv, d, seed=seq)
+            device.append_index(index, None, np.full(n, seq, np.int32), np.arange(n, dtype=np.int32), rows, rows)
+        q = normal(2, n_head_kv, d, seed=9) * 2
+        found.append(until(stop, device.to_host(device.approximate_top_k(q, index, stop, r, 3013, 0, False)[1]).copy()))
+    for ours, truth in zip(*found, strict=True):
+        assert_close(ours, truth, 1e-5)
+
+
 def test_all_components_give_exact_probabilities(ops: Any) -> None:
     kv, index = cached(ops, "f16", 2, 2, 700, 64)
     found = every(ops, normal(2, 6, 64), kv, index, int32(700, 30), 64)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from minirt.cli.bandwidth import bandwidth
+from minirt.cli import main
 
 if __name__ == "__main__":
-    bandwidth()
+    main(["bandwidth", *sys.argv[1:]])

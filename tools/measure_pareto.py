@@ -86,6 +86,10 @@ def main(model: str, text: str, threads: int, output: Path) -> None:
     """Measures all points, and writes OUTPUT."""
     known = json.loads(output.read_text()) if output.exists() else {"points": []}
     points = {(point["policy"], point["kv"], point.get("keep")): point for point in known["points"]}
+    settings = {"model": Path(model).name, "text": Path(text).name, "n_ctx": N_CTX, "windows": WINDOWS}
+    settings |= {"examples": EXAMPLES, "length": LENGTH}
+    if any(known.get(name, value) != value for name, value in settings.items()):
+        raise click.ClickException(f"{output} holds points of other settings than {settings}")
     wanted = [point for point in [*((*pair, None) for pair in POINTS), *LOW_RANK] if point not in points]
     if not wanted:
         return
@@ -104,9 +108,7 @@ def main(model: str, text: str, threads: int, output: Path) -> None:
             point |= repetition(file, policy, kv, threads)
         point |= {} if keep is None else {"keep": keep}
         points[policy, kv, keep] = point | {"cpu": machine.name, "commit": commit()}
-        facts = {"model": Path(model).name, "text": Path(text).name, "n_ctx": N_CTX, "windows": WINDOWS} | {
-            "examples": EXAMPLES, "length": LENGTH, **machine.facts(),
-        }  # fmt: skip
+        facts = settings | machine.facts()
         output.write_text(json.dumps(facts | {"points": list(points.values())}, indent=1) + "\n")
         click.echo(
             f"{policy:28} {kv:10} read {100 * point['read']:5.1f} %  held {100 * point['held']:5.1f} %  "

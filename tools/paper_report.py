@@ -71,7 +71,7 @@ def frontier(rows: Rows, quality: Quality) -> str:
         key=lambda r: r["depth"],
     )
     weights = round(short["percent_of_memory"] / 100, 3)
-    names = ("policy", "kv", "read", "kld", "same_top", "repetition")
+    names = ("policy", "kv", "read", "kld", "same_top", "repetition", "repetition_error")
     points = [{name: point[name] for name in names} for point in quality.points]
     data = {
         "model": quality.data["model"].removesuffix(".gguf"), "text": quality.data["text"], "head_dim": 64,
@@ -89,15 +89,16 @@ def commits(rows: Rows) -> str:
 def report(rows: Rows, before: Rows, quality: Quality) -> str:
     """paper_report.md with its tables."""
     first, palu, adaptive = rows.all[0], tables.load("palu_speed.json")["native"], tables.load("adaptive_k.json")
-    bandwidths = [row["memory_bytes_per_second"] / 1e9 for row in rows.all]
     environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True, autoescape=False)
     return environment.from_string(TEXT.read_text()).render(
         first=first,
         q=quality.data,
         versions=", ".join(f"{name} {version}" for name, version in first["versions"].items()),
         commits=commits(rows),
-        slowest=f"{min(bandwidths):.1f}",
-        fastest=f"{max(bandwidths):.1f}",
+        peak=f"{rows.peak / 1e9:.1f}",
+        samples=len(rows.samples),
+        slowest=f"{rows.samples[0] / 1e9:.1f}",
+        fastest=f"{rows.samples[-1] / 1e9:.1f}",
         dense_repeated=repeated(quality.dense),
         file_model=rows.file_model,
         targets=targets(rows, before, adaptive["policies"]),

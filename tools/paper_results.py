@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -26,10 +27,18 @@ _CELL = (
 
 
 class Rows:
-    """What `minirt bandwidth --save` kept."""
+    """What `minirt bandwidth --save` kept. Shares of the memory's speed are of one speed for all: a cell's own sample
+    may be of a moment when others had the memory, or left all of it."""
 
     def __init__(self, path: Path):
         self.all: list[Row] = [json.loads(line) for line in path.read_text().splitlines()]
+        samples = {tuple(r.get(name) for name in _CELL): r["memory_bytes_per_second"] for r in self.all}
+        self.samples: list[float] = sorted(samples.values())
+        self.peak = statistics.median(self.samples) if samples else math.nan
+        for row in self.all:
+            row |= {"memory_bytes_per_second": self.peak}
+            if "gb_per_s" in row:
+                row["percent_of_memory"] = 100 * row["gb_per_s"] * 1e9 / self.peak
 
     def find(self, **wanted: Any) -> list[Row]:
         return [row for row in self.all if all(row.get(name) == value for name, value in wanted.items())]

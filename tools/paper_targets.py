@@ -37,20 +37,30 @@ def targets(rows: Rows, before: Rows, adaptive: Mapping[str, Row]) -> str:
 
 def _speeds(rows: Rows) -> dict[str, Reached]:
     """By the work."""
+    alone = "attention alone, r=32 k=128, S = {}: speed-up over ratio of bytes"
+    figure_9, over_bytes = (
+        "figure 9, S = {}: speed-up over theory",
+        "7B shape, r=32 k=128, S = {}: time over byte limit",
+    )
     found: dict[str, Reached] = {}
+    for work, depths, wanted in (
+        (figure_9, (32768, 131072), f"{percent(OF_THEORY)} or more"), (over_bytes, (32768,), f"{OVER_LIMIT}x or less"),
+        (alone, (16384, 65536), f"{OF_BYTES} or more"),
+    ):  # fmt: skip
+        found |= {work.format(depth): (wanted, "not measured", False) for depth in depths}
+
+    def reached(work: str, depth: int, value: str, met: bool) -> None:
+        if (name := work.format(depth)) in found:
+            found[name] = found[name][0], value, met
+
     own: dict[str, Any] = {**WHOLE, "model": MODEL}
     for depth, cell in rows.by_depth(("dense", FIGURE_9_POLICY), **own).items():
-        if depth in (32768, 131072):
-            share = cell[FIGURE_9_POLICY]["speed_up"] / cell[FIGURE_9_POLICY]["theory"]
-            work = f"figure 9, S = {depth}: speed-up over theory"
-            found[work] = f"{percent(OF_THEORY)} or more", percent(share), share >= OF_THEORY
+        share = cell[FIGURE_9_POLICY]["speed_up"] / cell[FIGURE_9_POLICY]["theory"]
+        reached(figure_9, depth, percent(share), share >= OF_THEORY)
     for depth, cell in rows.by_depth(("dense", SPARSE), **own).items():
-        if depth == 32768:
-            over, work = over_limit(cell[SPARSE]), f"7B shape, r=32 k=128, S = {depth}: time over byte limit"
-            found[work] = f"{OVER_LIMIT}x or less", f"{over:.2f}x", over <= OVER_LIMIT
+        over = over_limit(cell[SPARSE])
+        reached(over_bytes, depth, f"{over:.2f}x", over <= OVER_LIMIT)
     for depth, cell in rows.by_depth(("dense", SPARSE), **ALONE, model=MHA, batch=1).items():
-        if depth in (16384, 65536):
-            share = cell[SPARSE]["speed_up"] / cell[SPARSE]["ratio_of_bytes"]
-            work = f"attention alone, r=32 k=128, S = {depth}: speed-up over ratio of bytes"
-            found[work] = f"{OF_BYTES} or more", f"{share:.2f}", share >= OF_BYTES
+        share = cell[SPARSE]["speed_up"] / cell[SPARSE]["ratio_of_bytes"]
+        reached(alone, depth, f"{share:.2f}", share >= OF_BYTES)
     return found

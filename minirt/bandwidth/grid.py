@@ -117,9 +117,14 @@ class Machine:
 
 
 def known(cell: Cell, machine: Machine, rows: Rows) -> list[Record] | None:
-    """The rows of a cell, if all were measured before."""
-    found = [rows.find(**cell.key(policy, same, machine)) for same in cell.same for policy in cell.policies]
-    return None if None in found else [row for row in found if row is not None]
+    """The rows of a cell, if all were measured before, in turn."""
+    found: list[Record] = []
+    for same in cell.same:
+        own = [row for policy in cell.policies if (row := rows.find(**cell.key(policy, same, machine))) is not None]
+        if len(own) < len(cell.policies) or len({row.get("dense_ms") for row in own}) > 1:
+            return None
+        found += own
+    return found
 
 
 def run(
