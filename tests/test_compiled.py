@@ -59,7 +59,7 @@ def test_processes_that_start_together(tiny: Path, tmp_path: Path) -> None:
     env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
     command = [sys.executable, "-c", RUN, str(tiny)]
     started = [
-        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(3)
+        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)
     ]
     ended = [(*process.communicate(timeout=120), process.returncode) for process in started]
     assert len(set(ended)) == 1
@@ -142,20 +142,15 @@ print(compiled.compilations)
     assert b"the cache folder cannot be written" in lost.stderr.splitlines()[-1]
 
 
-def test_no_cache_at_all(tiny: Path, tmp_path: Path) -> None:
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    result = run(tiny, XDG_CACHE_HOME=str(blocked))
-    assert (result.returncode, result.stderr) == (0, "")
-
-
 @pytest.mark.parametrize("setting", ["NUMBA_ENABLE_AVX=0", "NUMBA_CPU_NAME=generic"])
-def test_what_numba_is_told(tiny: Path, tmp_path: Path, setting: str) -> None:
+def test_what_numba_is_told_and_no_cache_at_all(tiny: Path, tmp_path: Path, setting: str) -> None:
     """Fewer instructions, or another CPU (here: one without half-precision conversions), give the same result, but for
-    the bits that activations are rounded to: 14 instead of 16."""
+    the bits that activations are rounded to: 14 instead of 16. That nothing can be kept is no error."""
     name, _, value = setting.partition("=")
-    result = run(tiny, XDG_CACHE_HOME=str(tmp_path), **{name: value})
-    assert result.returncode == 0, result.stderr
+    blocked = tmp_path / "file"
+    blocked.touch()
+    result = run(tiny, XDG_CACHE_HOME=str(blocked), **{name: value})
+    assert (result.returncode, result.stderr) == (0, "")
     assert np.isclose(float(result.stdout), float(run(tiny).stdout), rtol=1e-3)
 
 

@@ -35,10 +35,11 @@ def warmup(models: tuple[str, ...], engine: Engine) -> None:
         before, begun = compilations(), time.perf_counter()
         with engine.load(model) as llama:
             for n in (5, PROMPT):  # logits of many rows, as a batch or `perplexity` wants them
-                llama.logits([0] * min(n, llama.n_ctx))
+                if compilations()[1] == before[1]:  # what is not kept is of no use
+                    llama.logits([0] * min(n, llama.n_ctx))
             name = llama.file.path.name
         (compiled, unkept), seconds = compilations(), time.perf_counter() - begun
         if unkept > before[1]:
-            raise ModelError(f"{name}: compiled in {seconds:.1f} s, but the cache folder cannot be written")
+            raise ModelError(f"{name}: the cache folder cannot be written, so compiled kernels are not kept")
         n = compiled - before[0]
         click.echo(f"{name}: {f'{n} kernels compiled in' if n else 'already compiled; loaded in'} {seconds:.1f} s")
