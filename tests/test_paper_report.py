@@ -60,6 +60,9 @@ def test_the_frontier_is_what_nothing_beats(quality: tables.Quality) -> None:
         "tova:budget=1/8", "sparq:r=5:k=170", "dense", "dense",
     ]  # fmt: skip
     assert [p["kv"] for p in tables.frontier(quality.points, "held")] == ["f16", "q8_0", "f16"]
+    more = {**POINTS[0], "policy": "better", "read": 2.0, "repetition": 9.0}
+    best = tables.frontier([*quality.points, more], "read", "repetition")
+    assert [p["policy"] for p in best] == ["tova:budget=1/8", "better"]
 
 
 def test_copies_of_the_model_are_a_way_of_their_own(quality: tables.Quality) -> None:

@@ -13,7 +13,10 @@ from paper_tables import ALONE, CODED, FIGURE_9_POLICY, MHA, MODEL, ONE_LAYOUT, 
 SIZE = (6.4, 4.0)  # inches
 
 
-def draw(rows: Rows, points: list[Row], frontier: Callable[[list[Row], str], list[Row]], folder: Path) -> None:
+Frontier = Callable[[list[Row], str, str], list[Row]]
+
+
+def draw(rows: Rows, points: list[Row], frontier: Frontier, folder: Path) -> None:
     """Writes a PNG for each plot. frontier: of paper_tables."""
     folder.mkdir(exist_ok=True)
     for name, plot in (("attention", _attention), ("figure_9", _figure_9), ("throughput", _throughput)):
@@ -25,11 +28,11 @@ def draw(rows: Rows, points: list[Row], frontier: Callable[[list[Row], str], lis
     _pareto(points, frontier, folder / "pareto.png")
 
 
-def _new(columns: int = 1) -> Any:
+def _new(rows: int = 1, columns: int = 1) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(SIZE[0] * columns, SIZE[1]), layout="constrained")
-    return figure, figure.subplots(1, columns)
+    figure = Figure(figsize=(SIZE[0] * columns, SIZE[1] * rows), layout="constrained")
+    return figure, figure.subplots(rows, columns)
 
 
 def _line(axes: Any, found: dict[int, Row], value: Callable[[Row], float], **style: Any) -> None:
@@ -76,17 +79,18 @@ def _method(point: Row) -> str:
     return "palu" if "keep" in point else name
 
 
-def _pareto(points: list[Row], frontier: Callable[[list[Row], str], list[Row]], path: Path) -> None:
-    figure, panels = _new(2)
-    for axes, axis, label in zip(panels, ("read", "held"), ("read for a token", "held"), strict=True):
-        for i, name in enumerate(dict.fromkeys(map(_method, points))):
-            own = [p for p in points if _method(p) == name and p["kld"] > 0]
-            axes.scatter([100 * p[axis] for p in own], [p["kld"] for p in own], s=22, color=f"C{i}", label=name)
-        best = [p for p in frontier(points, axis) if p["kld"] > 0]
-        axes.plot([100 * p[axis] for p in best], [p["kld"] for p in best], color="0.4", linewidth=0.9, zorder=0)
-        axes.set(
-            xscale="log", yscale="log", xlabel=f"cache bytes {label}, % of dense float16", ylabel="KL divergence, nats"
-        )
-        axes.grid(alpha=0.3)
-    panels[1].legend(fontsize=8)
+def _pareto(points: list[Row], frontier: Frontier, path: Path) -> None:
+    figure, panels = _new(2, 2)
+    costs = ("kld", "KL divergence, nats", "log"), ("repetition", "characters repeated", "linear")
+    for panel, (cost, name_of_cost, scale) in zip(panels, costs, strict=True):
+        for axes, axis, label in zip(panel, ("read", "held"), ("read for a token", "held"), strict=True):
+            for i, name in enumerate(dict.fromkeys(map(_method, points))):
+                own = [p for p in points if _method(p) == name and p["kld"] > 0]
+                axes.scatter([100 * p[axis] for p in own], [p[cost] for p in own], s=22, color=f"C{i}", label=name)
+            best = [p for p in frontier(points, axis, cost) if p["kld"] > 0]
+            axes.plot([100 * p[axis] for p in best], [p[cost] for p in best], color="0.4", linewidth=0.9, zorder=0)
+            axes.set(xscale="log", yscale=scale, ylabel=name_of_cost)
+            axes.set(xlabel=f"cache bytes {label}, % of dense float16")
+            axes.grid(alpha=0.3)
+    panels[0][1].legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -106,8 +106,8 @@ def report(rows: Rows, before: Rows, quality: Quality) -> str:
         before_commits=commits(before),
         palu_cpu=palu["cpu"],
         attention=tables.attention(rows, quality),
-        batches=tables.batches(rows),
-        grouped=tables.grouped(rows),
+        batches=tables.batches(rows, quality),
+        grouped=tables.grouped(rows, quality),
         policies=tables.policies(rows, quality),
         caches=tables.caches(rows, quality),
         figure_9=tables.models(rows, quality, MODEL, FIGURE_9_POLICY, FIGURE_9),
@@ -116,7 +116,7 @@ def report(rows: Rows, before: Rows, quality: Quality) -> str:
         grouped_model=tables.models(rows, quality, GQA_MODEL, FIGURE_9_POLICY, {}),
         real=tables.real(rows, quality),
         throughput=tables.throughput(rows, quality),
-        palu=tables.palu(palu),
+        palu=tables.palu(palu, quality),
         palu_depth=palu["depth"],
         palu_work=f"{palu['multiply_adds_per_layer'] / 1e9:.1f}",
         adaptive=paper_adaptive.adaptive(adaptive["policies"]),
@@ -124,6 +124,8 @@ def report(rows: Rows, before: Rows, quality: Quality) -> str:
         beside_fixed=paper_adaptive.beside_fixed(quality),
         by_read=tables.prices(tables.frontier(quality.every, "read")),
         by_held=tables.prices(tables.frontier(quality.every, "held")),
+        repeated_by_read=tables.prices(tables.frontier(quality.every, "read", "repetition")),
+        repeated_by_held=tables.prices(tables.frontier(quality.every, "held", "repetition")),
         low_rank=tables.prices(quality.low_rank),
     )
 

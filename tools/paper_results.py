@@ -93,8 +93,7 @@ class Quality:
         if found is None:
             return "-"
         p, others = found
-        numbers = f"{p['kld']:.3f} / {100 * p['same_top']:.0f} % / {repeated(p)}"
-        return f"{numbers} ({', '.join(others)})" if others else numbers
+        return f"{prices_of(p)} ({', '.join(others)})" if others else prices_of(p)
 
     def sentence(self, policy: str, head_dim: int) -> str:
         """The same in words, of a context as long as was measured."""
@@ -127,6 +126,10 @@ def shares(policy: str, depth: int, head_dim: int) -> tuple[tuple[str, ...], dic
 
 def share(name: str, value: float) -> str:
     return f"{name} = {'d' if name == 'r' else 'S'}/{1 / value:.3g}"
+
+
+def prices_of(point: Row) -> str:
+    return f"{point['kld']:.3f} / {100 * point['same_top']:.0f} % / {repeated(point)}"
 
 
 def repeated(point: Row) -> str:

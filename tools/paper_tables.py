@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from paper_numbers import KEEPKV, PALU, SPARQ_CPU, SPARQ_GPU, TOVA
-from paper_results import HEAD_DIM, RESULTS, SMALL_HEAD_DIM, Quality, Row, Rows, repeated
+from paper_results import HEAD_DIM, RESULTS, SMALL_HEAD_DIM, Quality, Row, Rows, prices_of, repeated
 
 SPARSE, SMALL, CODED = "sparq:r=32:k=128", "sparq:r=16:k=64", "sparq:r=32:k=128:k_index=q4"
 ONE_LAYOUT = "topk:k=128"
@@ -72,7 +72,7 @@ def attention(rows: Rows, quality: Quality) -> str:
     return table(head, lines)
 
 
-def batches(rows: Rows) -> str:
+def batches(rows: Rows, quality: Quality) -> str:
     lines = []
     for (n_seq, depth), (a100, a10g) in SPARQ_GPU.items():
         cell = rows.by_depth(("dense", SPARSE), **ALONE, model=MHA, batch=n_seq).get(depth)
@@ -80,14 +80,18 @@ def batches(rows: Rows) -> str:
             lines.append([
                 str(n_seq), str(depth), ms(cell["dense"]["ms"]), gain(cell[SPARSE]),
                 times(a100[0] / a100[1]), "-" if a10g is None else times(a10g[0] / a10g[1]),
+                quality.of(SPARSE, depth, HEAD_DIM),
             ])  # fmt: skip
-    return table("B | S | dense ms | r=32 k=128 | authors, A100 | authors, A10G", lines)
+    return table("B | S | dense ms | r=32 k=128 | authors, A100 | authors, A10G | quality", lines)
 
 
-def grouped(rows: Rows) -> str:
+def grouped(rows: Rows, quality: Quality) -> str:
     found = rows.by_depth(("dense", SPARSE, CODED), **ALONE, model=GQA, batch=1)
-    lines = [[str(s), ms(cell["dense"]["ms"]), gain(cell[SPARSE]), gain(cell[CODED])] for s, cell in found.items()]
-    return table("S | dense ms | r=32 k=128 | ... 4-bit index", lines)
+    lines = [
+        [str(s), ms(cell["dense"]["ms"]), gain(cell[SPARSE]), gain(cell[CODED]), quality.of(SPARSE, s, HEAD_DIM)]
+        for s, cell in found.items()
+    ]
+    return table("S | dense ms | r=32 k=128 | ... 4-bit index | quality of the first", lines)
 
 
 def every_policy(rows: Rows) -> list[Row]:
@@ -180,23 +184,29 @@ def _papers_throughput(policy: str) -> float | None:
     return KEEPKV[name] / KEEPKV["dense"] if name in KEEPKV and "1/5" in policy else None
 
 
-def palu(measured: Row) -> str:
+def palu(measured: Row, quality: Quality) -> str:
     dense = measured["caches"]["f16"]["attention_ms_per_layer"]
+    half = {p["kv"]: p for p in quality.low_rank if (p["policy"], p["keep"]) == ("dense", 0.5)}
     lines = [
-        [kv, ms(row["attention_ms_per_layer"]), times(dense / row["attention_ms_per_layer"]), times(PALU.get(kv))]
+        [
+            kv, ms(row["attention_ms_per_layer"]), times(dense / row["attention_ms_per_layer"]), times(PALU.get(kv)),
+            prices_of(half[kv]) if kv in half else quality.of("dense", measured["depth"], HEAD_DIM, kv),
+        ]
         for kv, row in measured["caches"].items()
-    ]
-    return table("kv | ms a layer | over f16 | paper, RTX 4090, 64k", lines)
+    ]  # fmt: skip
+    return table("kv | ms a layer | over f16 | paper, RTX 4090, 64k | quality", lines)
 
 
 # -- quality over bytes ------------------------------------------------------------------------------------------------
 
 
-def frontier(points: Sequence[Row], axis: str) -> list[Row]:
-    """Points of which no other has both fewer bytes and less divergence."""
+def frontier(points: Sequence[Row], axis: str, cost: str = "kld") -> list[Row]:
+    """Points of which no other has both fewer bytes and less divergence, or more characters repeated (cost:
+    "repetition")."""
+    sign = -1 if cost == "repetition" else 1
     out: list[Row] = []
-    for point in sorted(points, key=lambda p: (p[axis], p["kld"])):
-        if not out or point["kld"] < out[-1]["kld"]:
+    for point in sorted(points, key=lambda p: (p[axis], sign * p[cost])):
+        if not out or sign * point[cost] < sign * out[-1][cost]:
             out.append(point)
     return out
 
