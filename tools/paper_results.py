@@ -15,6 +15,7 @@ from minirt.bandwidth.attention import resolve
 RESULTS = Path(__file__).with_name("results")
 HEAD_DIM = 128  # of the shapes whose speed is measured
 SMALL_HEAD_DIM = 64  # of SmolLM2, whose quality is
+RANDOM = "random"  # a cache of random numbers
 NEAR = math.log2(1.1)  # shares that differ by less are the same
 
 Row = dict[str, Any]
@@ -60,6 +61,11 @@ class Rows:
     def file_model(self) -> str:
         """The file of the real model whose speed was measured."""
         return next((row["model"] for row in reversed(self.all) if ".gguf" in row["model"]), "")
+
+    @property
+    def text(self) -> str:
+        """The text that was read into a cache, if one was."""
+        return next((row["context"] for row in reversed(self.all) if row["context"] != RANDOM), "")
 
 
 class Quality:

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from paper_numbers import KEEPKV, PALU, SPARQ_CPU, SPARQ_GPU, TOVA
-from paper_results import HEAD_DIM, RESULTS, SMALL_HEAD_DIM, Quality, Row, Rows, prices_of, repeated
+from paper_results import HEAD_DIM, RANDOM, RESULTS, SMALL_HEAD_DIM, Quality, Row, Rows, prices_of, repeated
 
 SPARSE, SMALL, CODED = "sparq:r=32:k=128", "sparq:r=16:k=64", "sparq:r=32:k=128:k_index=q4"
 ONE_LAYOUT = "topk:k=128"
 FIGURE_9_POLICY, FIGURE_10_POLICY = "sparq:r=d/12:k=S/12", "sparq:r=16:k=S/16"
 MHA, GQA, MODEL, GQA_MODEL = "32/32x128", "32/8x128", "7b Q8_0, 4 layers", "8b-gqa Q8_0, 4 layers"
 ALONE = {"benchmark": "attention", "kv": "f16"}
-WHOLE = {"benchmark": "end-to-end", "batch": 1, "kv": "f16", "context": "random"}
+WHOLE = {"benchmark": "end-to-end", "batch": 1, "kv": "f16", "context": RANDOM}
 
 
 def table(head: str, rows: Iterable[Sequence[str]]) -> str:
@@ -149,13 +149,22 @@ def models(rows: Rows, quality: Quality, model: str, policy: str, paper: dict[in
     return f"{quality.sentence(policy, HEAD_DIM)}\n\n{table(' | '.join(head), lines)}"
 
 
-def real(rows: Rows, quality: Quality) -> str:
+def machine(measured: Sequence[Row]) -> str:
+    """What `minirt bandwidth machine` says."""
+    lines = [
+        [str(m["threads"]), f"{m['read_bytes_per_second'] / 1e9:.1f}", f"{m['copy_bytes_per_second'] / 1e9:.1f}"]
+        for m in measured
+    ]
+    return table("threads | read GB/s | copied GB/s, both sides", lines)
+
+
+def real(rows: Rows, quality: Quality, context: str = RANDOM) -> str:
     lines = [
         [
             str(depth), f"`{r['policy']}`", f"{r['tokens_per_second']:.0f}",
             f"{times(r['speed_up'])} of {times(r['theory'])}", quality.of(r["policy"], depth, SMALL_HEAD_DIM),
         ]
-        for depth, cell in rows.by_depth(("dense",), **WHOLE, model=rows.file_model).items()
+        for depth, cell in rows.by_depth(("dense",), **{**WHOLE, "context": context}, model=rows.file_model).items()
         for r in cell.values()
     ]  # fmt: skip
     return table("S | policy | tokens/s | speed-up of theory | quality", lines)
@@ -228,6 +237,5 @@ def prices(points: Sequence[Row]) -> str:
     return table("policy | kv | read | held | KL divergence | same token | repeated", lines)
 
 
-def load(name: str) -> Row:
-    data: Row = json.loads((RESULTS / name).read_text())
-    return data
+def load(name: str) -> Any:
+    return json.loads((RESULTS / name).read_text())
