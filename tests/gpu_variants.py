@@ -10,7 +10,7 @@ import datetime
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,15 +163,13 @@ def variants_of(arch: int) -> dict[Variant, set[str]]:
     return device.variants
 
 
-def resources(arch: int, files: Collection[str] = ()) -> dict[str, Resources] | None:
-    """What each kernel needs of a multiprocessor, by file, name and constants: of some files, or of all. None without
-    an NVRTC for this capability."""
+def resources(arch: int) -> dict[str, Resources] | None:
+    """What each kernel needs of a multiprocessor, by file, name and constants. None without an NVRTC for this
+    capability."""
     if not (nvrtc := nvrtc_for(arch)):
         return None
     found = {}
     for (file, constants), names in variants_of(arch).items():
-        if files and file not in files:
-            continue
         options = ["-std=c++17", *(f"-D{name}={value}" for name, value in constants)]
         used = nvrtc.compile(source_of(file), arch, options=options).resources
         shown = " ".join(f"{name}={value}" for name, value in constants)
