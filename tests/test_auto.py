@@ -185,10 +185,13 @@ def test_sparq_that_would_never_be_sparse_is_no_choice(monkeypatch: pytest.Monke
     assert str(pick("1x").policy) == "dense"
 
 
-@pytest.mark.usefixtures("measured")
-def test_a_size_alone_asks_for_no_speed() -> None:
-    picked = pick(kv_bytes="9/16", weight_bytes=0, device="cpu")
-    assert (Auto.parse(None, "1/2").speed, picked.kv) == (0.0, "q8_0")
+def test_a_size_alone_asks_for_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the best that fits is slower than dense attention to float16, it is taken; not if a speed is asked for."""
+    rows = [row("dense", "f16", 0.5), row("dense", "q8_0", 0.2), row("tova", "f16", 0.5)]
+    monkeypatch.setattr(auto, "frontier", lambda: DATA | {"efficiency": {"cpu": {"attention": rows}}})
+    picked = pick(kv_bytes="9/16")
+    assert (str(picked.policy), picked.kv, picked.speed < 1) == ("dense", "q8_0", True)
+    assert str(pick("1x", "9/16").policy) == "tova:budget=1/8"
 
 
 @pytest.mark.usefixtures("measured")

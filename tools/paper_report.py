@@ -99,6 +99,7 @@ def report(rows: Rows, before: Rows, quality: Quality) -> str:
         samples=len(rows.samples),
         slowest=f"{rows.samples[0] / 1e9:.1f}",
         fastest=f"{rows.samples[-1] / 1e9:.1f}",
+        fastest_over=f"{rows.samples[-1] / rows.peak:.2g}",
         dense_repeated=repeated(quality.dense),
         file_model=rows.file_model,
         targets=targets(rows, before, adaptive["policies"]),
