@@ -36,11 +36,11 @@ from minirt.policies.base import BasePolicy
 from minirt.policies.sparq import MOST, SparQ
 
 POLICIES = (
-    *(f"sparq:k={k}" for k in (128, 64, 256, 32)),
-    *(f"sparq:k=auto:eps={eps}" for eps in (0.0005, 0.001, 0.00025, 0.002)),
+    *(f"sparq:r={r}:k={k}" for r in (16, 32) for k in (128, 64, 256, 32)),
+    *(f"sparq:r={r}:k=auto:eps={eps}" for r in (16, 32) for eps in (0.0005, 0.001, 0.00025, 0.002)),
+    *(f"sparq:r={r}:k={k}" for r in (8, 12) for k in (128, 64, 256, 512)),
+    *(f"sparq:r={r}:k=auto:eps={eps}" for r in (8, 12) for eps in (0.0005, 0.001, 0.00025, 0.000125)),
     *(f"share:eps={eps}" for eps in (0.1, 0.05, 0.2)),
-    *(f"sparq:r=16:k={k}" for k in (128, 64, 256, 32)),
-    *(f"sparq:r=16:k=auto:eps={eps}" for eps in (0.0005, 0.001, 0.00025, 0.002)),
 )
 
 
