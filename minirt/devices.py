@@ -46,6 +46,17 @@ def has_cupy() -> bool:
     return importlib.util.find_spec("cupy") is not None
 
 
+def has_card() -> bool:
+    """Whether `auto` is a card."""
+    if not has_cupy():
+        return False
+    try:
+        _card()
+    except ModelError:
+        return False
+    return True
+
+
 def _card() -> Ops:
     from kernels_gpu import open_card
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from minirt.bandwidth import attention, caches, copy_bandwidth, models, paired, 
 from minirt.bandwidth.attention import Cell, resolve
 from minirt.bandwidth.counted import CountedOps
 from minirt.bandwidth.grid import Rows
+from minirt.cli.bandwidth import _Clock
 from minirt.decoder import Decoder
 from minirt.devices import open_ops
 from minirt.llama import bytes_per_token
@@ -249,7 +251,8 @@ def test_the_same_memory_holds_more_sequences_of_a_small_cache(decoder: Decoder)
 
 # -- the command -------------------------------------------------------------------------------------------------------
 
-ATTENTION = ("bandwidth", "attention", "--device", "reference", "--heads", "4/2x32", "-d", "40,60", "--rounds", 1)
+ALONE = ("bandwidth", "attention", "--device", "reference", "--heads", "4/2x32", "--rounds", 1)
+ATTENTION = (*ALONE, "-d", "40,60")
 POLICIES = ("--policy", "sparq:r=8:k=S/4")
 
 
@@ -338,6 +341,37 @@ def test_a_cell_without_room_is_skipped(cli: Cli, monkeypatch: pytest.MonkeyPatc
     assert result.exit_code == 0
     assert [line.split("|")[3].strip() for line in result.stdout.splitlines()[2:]] == []
     assert result.stderr.count("minirt: skipped: B=1 S=") == 2
+
+
+def test_a_policy_is_left_out_of_cells_that_it_does_not_fit(cli: Cli) -> None:
+    result = cli(*ALONE, "-d", "16,40", "--policy", "topk:k=20,window:budget=8", "-o", "jsonl")
+    assert result.exit_code == 0, result.stderr
+    rows = [(r["depth"], r["policy"]) for r in map(json.loads, result.stdout.splitlines())]
+    both = ("dense", "topk:k=20", "window:budget=8")
+    assert rows == [*((16, policy) for policy in both if "topk" not in policy), *((40, policy) for policy in both)]
+    line = "minirt: skipped: B=1 S=16 4/2x32 f16, topk:k=20: --k 20 is out of range (1 to 16, the context)"
+    assert line in result.stderr.splitlines()
+
+
+def test_results_of_another_commit_are_told(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "a.jsonl"
+    monkeypatch.setattr("minirt.bandwidth.grid.commit", lambda: "0000001")
+    assert "not measured again" not in cli(*ALONE, *POLICIES, "--save", file, "-d", 40).stderr
+    monkeypatch.setattr("minirt.bandwidth.grid.commit", lambda: "0000002")
+    result = cli(*ATTENTION, *POLICIES, "--save", file)
+    assert f"minirt: {file}: results of commit 0000001 are not measured again" in result.stderr.splitlines()
+    assert [json.loads(row)["commit"] for row in file.read_text().splitlines()] == 2 * ["0000001"] + 2 * ["0000002"]
+
+
+def test_what_is_skipped_takes_no_time() -> None:
+    cells = [SimpleNamespace(batch=1, depth=depth, stages=4) for depth in (100, 100_000)]
+    clock = _Clock(cells)
+    for _ in range(2):
+        clock.advance(cells[0])
+    clock.end(cells[1])
+    assert (clock.n, clock.total, clock.cost) == (2, 4, 2 * clock.done)
+    clock.end(cells[0])
+    assert (clock.total, clock.cost) == (2, clock.done)
 
 
 def test_a_cell_that_runs_out_of_memory_is_skipped(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from ..stores import Store, get_stores
 from .caches import caches_bytes, caches_of, check_room, fill_all, most_filling
 from .counted import CountedOps
 from .paired import in_turn
-from .synthetic import RandomRows, Shape, config_of, factors_of, fill, random_queries, with_latents
+from .synthetic import SEED, RandomRows, Shape, config_of, factors_of, fill, random_queries, with_latents
 
 TOUCHED = 1 << 30  # bytes that the policy which reads least shall read before it comes to a layer again, unless ...
 MOST_LAYERS, MOST_BYTES = 64, 6 << 30  # ... so many would not be enough
@@ -139,7 +139,7 @@ def stages(policies: Sequence[str], rounds: int) -> int:
 
 def _inputs(ops: Ops, cell: Cell, plan: CachePlan, config: ModelConfig) -> tuple[Array, Array, Array]:
     """Queries, keys and values of each sequence's last token."""
-    rng = np.random.default_rng(1)
+    rng = np.random.default_rng((SEED, 1))  # others than those in the cache
     q, rows = random_queries(ops, rng, cell.n_seq, config), RandomRows(ops, rng, cell.n_seq, plan, config)
     return (q, *rows(np.full(cell.n_seq, cell.depth - 1)))
 

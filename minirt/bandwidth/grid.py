@@ -19,6 +19,7 @@ from ..version import __version__
 from .attention import BASELINE
 from .caches import NoRoom
 from .memory import available_memory, copy_bandwidth, memory_bandwidth, read_bandwidth
+from .synthetic import SEED
 
 FREE_SHARE = 0.9  # of the memory that is free, that caches may take
 LIBRARIES = ("numpy", "numba", "cupy-cuda12x", "cupy-cuda13x")
@@ -102,7 +103,7 @@ class Machine:
     def facts(self) -> Record:
         return {
             "date": time.strftime("%Y-%m-%d"), "os": platform.platform(), "python": platform.python_version(),
-            "backend": self.ops.name, "versions": versions(), "commit": commit(), "seed": 0,
+            "backend": self.ops.name, "versions": versions(), "commit": commit(), "seed": SEED,
         }  # fmt: skip
 
     def measure(self, threads: Sequence[int]) -> Iterator[Record]:

@@ -25,6 +25,7 @@ from ..stores import get_stores
 from .attention import BASELINE, resolve
 from .caches import caches_bytes, caches_of, check_room, fill_all, most_filling
 from .paired import Timed, in_turn
+from .synthetic import SEED
 
 WITHOUT = "no layers"  # in the place of a policy
 
@@ -104,7 +105,7 @@ class Run:
 
     def __init__(self, decoder: Decoder, cache: Cache, work: Workload):
         self.decoder, self.cache, self.steps = decoder, cache, work.steps
-        rng = np.random.default_rng(0)
+        rng = np.random.default_rng(SEED)
         self.tokens = rng.integers(decoder.config.n_vocab, size=(work.n_ctx, work.n_seq)).tolist()
 
     def read(self, context: Sequence[int]) -> None:

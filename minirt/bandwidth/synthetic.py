@@ -22,6 +22,7 @@ from ..weights import LayerWeights, Weights
 
 ROWS = 64  # random rows of a matrix; the others repeat them
 SCALE = 0.02  # of quantised blocks
+SEED = 0
 KEPT = 0.5  # of the rank of keys and values, in latents
 
 _NOTHING: dict[str, Any] = dict.fromkeys(field.name for field in fields(LayerWeights))
@@ -66,7 +67,7 @@ def config_of(shape: str | Shape, layers: int | None = None) -> ModelConfig:
     )  # fmt: skip
 
 
-def weights_of(ops: Ops, config: ModelConfig, kind: str, seed: int = 0) -> Weights:
+def weights_of(ops: Ops, config: ModelConfig, kind: str, seed: int = SEED) -> Weights:
     """Random weights of one type of TYPES on a device; no two layers share memory."""
     rng = np.random.default_rng(seed)
 
@@ -116,7 +117,7 @@ def with_latents(config: ModelConfig) -> ModelConfig:
     return replace(config, palu=PaluConfig(grouping.size, tuple(k_ranks), tuple(v_ranks), "f16", False))
 
 
-def factors_of(ops: Ops, config: ModelConfig, seed: int = 0) -> Weights:
+def factors_of(ops: Ops, config: ModelConfig, seed: int = SEED) -> Weights:
     """Weights of which there are only the factors that rebuild keys and values from latents, if the model has these."""
     rng, rope = np.random.default_rng(seed), make_rope(config, None)
     n_out, layers = config.n_head_kv * config.head_dim, []
@@ -176,7 +177,7 @@ def filling_bytes(policy: Policy, plan: CachePlan, config: ModelConfig, depth: i
     return 4 * c.head_dim * numbers + held
 
 
-def fill(ops: Ops, cache: Cache, policy: Policy, config: ModelConfig, depth: int, seed: int = 0) -> None:
+def fill(ops: Ops, cache: Cache, policy: Policy, config: ModelConfig, depth: int, seed: int = SEED) -> None:
     """Makes every sequence one of `depth` random tokens, as the policy would keep them.
 
     A policy that keeps all tokens is not asked for their attention, which nobody needs. One with a budget gets twice as

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +15,7 @@ import click
 
 from ..errors import UsageError
 from ..progress import Progress, duration
-from .bandwidth_options import Common, Loaded, common_options, machine_of, model_options, names
+from .bandwidth_options import BASELINE, Common, Loaded, common_options, machine_of, model_options, names
 from .bandwidth_output import open_rows
 from .bench_output import FORMATS
 from .number_lists import list_option, numbers, usable_cpus
@@ -82,20 +84,21 @@ def attention(shapes: tuple[str, ...], common: Common) -> None:
     made = list(map(_heads, shapes))
     ops = open_ops(common.device, common.threads)
     here = machine_of(ops, common)
-    cells = []
+    cells, fit = [], _Fit(common.policies)
     for (n_head, n_head_kv, d), kv, batch, depth in itertools.product(made, common.kvs, common.batches, common.depths):
         what = benchmark.Cell(batch, depth, n_head, n_head_kv, d, kv)
-        benchmark.policies_of(what, common.policies)
+        policies = fit(what, functools.partial(benchmark.policies_of, what))
 
         def measure(policies: Sequence[str], advance: Callable[[], None], what: Any = what) -> Any:
             return benchmark.measure(ops, what, policies, rounds=common.rounds, room=here.room(), advance=advance)
 
         cells.append(
             Cell(
-                "attention", f"{n_head}/{n_head_kv}x{d}", "random", kv, batch, depth, common.rounds, common.policies,
-                measure, benchmark.stages(common.policies, common.rounds),
+                "attention", f"{n_head}/{n_head_kv}x{d}", "random", kv, batch, depth, common.rounds, policies, measure,
+                benchmark.stages(policies, common.rounds),
             )
         )  # fmt: skip
+    fit.tell()
     _run(cells, here, common)
 
 
@@ -128,10 +131,10 @@ def end_to_end(
 
     with Loaded(model, shape, kind, layers, common) as loaded:
         context = None if text is None else loaded.tokens(text, max(common.depths))
-        cells = []
+        cells, fit = [], _Fit(common.policies)
         for kv, batch, depth in itertools.product(common.kvs, common.batches, common.depths):
             work = models.Workload(batch, depth, kv, steps, common.rounds)
-            models.policies_of(loaded.decoder, work, common.policies)
+            policies = fit(work, functools.partial(models.policies_of, loaded.decoder, work))
 
             def measure(policies: Sequence[str], advance: Callable[[], None], work: Any = work) -> Any:
                 return models.measure(
@@ -142,10 +145,11 @@ def end_to_end(
             cells.append(
                 Cell(
                     "end-to-end", loaded.name, Path(text).name if text else "random", kv, batch, depth, common.rounds,
-                    common.policies, measure, models.stages(common.policies, common.rounds),
-                    settings={"steps": steps, "fingerprint": loaded.fingerprint},
+                    policies, measure, models.stages(policies, common.rounds),
+                    settings={"steps": steps, "fingerprint": loaded.fingerprint + _digest(context, depth)},
                 )
             )  # fmt: skip
+        fit.tell()
         _run(cells, loaded.machine, common, loaded.full_layers != loaded.decoder.config.n_layer)
 
 
@@ -173,10 +177,10 @@ def throughput(
     from ..bandwidth.models import Workload, policies_of
 
     with Loaded(model, shape, kind, layers, common) as loaded:
-        cells = []
+        cells, fit = [], _Fit(common.policies)
         for kv, batch, depth in itertools.product(common.kvs, common.batches, common.depths):
             work = Workload(batch, depth, kv, steps, common.rounds)
-            policies_of(loaded.decoder, work, common.policies)
+            policies = fit(work, functools.partial(policies_of, loaded.decoder, work))
 
             def measure(policies: Sequence[str], advance: Callable[[], None], work: Any = work) -> Any:
                 room = loaded.machine.room()
@@ -184,11 +188,12 @@ def throughput(
 
             cells.append(
                 Cell(
-                    "throughput", loaded.name, "random", kv, batch, depth, common.rounds, common.policies, measure,
-                    benchmark.stages(common.policies, common.rounds), ("batch", "memory"),
+                    "throughput", loaded.name, "random", kv, batch, depth, common.rounds, policies, measure,
+                    benchmark.stages(policies, common.rounds), ("batch", "memory"),
                     {"steps": steps, "most": most, "fingerprint": loaded.fingerprint},
                 )
             )  # fmt: skip
+        fit.tell()
         _run(cells, loaded.machine, common)
 
 
@@ -200,13 +205,21 @@ def _heads(text: str) -> tuple[int, int, int]:
     return n_head, n_head_kv, d
 
 
+def _digest(context: Sequence[int] | None, depth: int) -> str:
+    """Tells a text from others of its name."""
+    return "" if context is None else f"{zlib.crc32(repr(context[:depth]).encode()):08x}"
+
+
 def _run(cells: Sequence[Cell], here: Machine, common: Common, some_layers: bool = False) -> None:
     """Prints the rows of all cells, with a progress line; what Ctrl-C interrupts loses its own cell alone."""
-    from ..bandwidth.grid import Rows, known, run
+    from ..bandwidth.grid import Rows, commit, known, run
 
     with Rows(common.save) as rows:
-        missing = [cell for cell in cells if known(cell, here, rows) is None]
-        clock = _Clock(missing)
+        kept = [known(cell, here, rows) for cell in cells]
+        others = {row["commit"] for of_cell in kept for row in of_cell or ()} - {commit(), ""}
+        if others:
+            say(f"minirt: {common.save}: results of commit {', '.join(sorted(others))} are not measured again")
+        clock = _Clock([cell for cell, of_cell in zip(cells, kept, strict=True) if of_cell is None])
         width = max(len(policy) for policy in common.policies)
         with open_rows(common.output, cells[0].benchmark, width, some_layers) as write, Progress("") as progress:
             for cell in cells:
@@ -220,20 +233,59 @@ def _run(cells: Sequence[Cell], here: Machine, common: Common, some_layers: bool
                 for row in run([cell], here, rows, advance, lambda text: say(f"minirt: skipped: {text}")):
                     progress.close()
                     write(row)
+                clock.end(cell)
+
+
+class _Fit:
+    """Which policies fit a cell; those that fit some cells are left out of the others, with a line."""
+
+    def __init__(self, policies: tuple[str, ...]):
+        self.policies, self.n = policies, 0
+        self.others: dict[str, list[tuple[object, UsageError]]] = {}
+
+    def __call__(self, cell: object, make: Callable[[Sequence[str]], object]) -> tuple[str, ...]:
+        """make: raises UsageError for a policy that does not fit the cell."""
+        self.n += 1
+        out = []
+        for text in self.policies:
+            try:
+                make([text])
+            except UsageError as e:
+                self.others.setdefault(text, []).append((cell, e))
+            else:
+                out.append(text)
+        return tuple(out)
+
+    def tell(self) -> None:
+        """Raises UsageError for a policy that fits no cell, and for cells without dense attention."""
+        for text, cells in self.others.items():
+            if len(cells) == self.n or text == BASELINE:
+                raise cells[0][1]
+        for text, cells in self.others.items():
+            for cell, e in cells:
+                say(f"minirt: skipped: {cell}, {text}: {e}")
 
 
 class _Clock:
     """Counts stages, and tells from those that are done how long the others will take."""
 
     def __init__(self, cells: Sequence[Cell]):
-        self.total = sum(cell.stages for cell in cells)
+        self.left = {id(cell): cell.stages for cell in cells}
+        self.total = sum(self.left.values())
         self.cost = sum(cell.stages * _cost(cell) for cell in cells)
         self.n = self.done = 0
         self.begun = time.perf_counter()
 
     def advance(self, cell: Cell) -> None:
         self.n += 1
+        self.left[id(cell)] -= 1
         self.done += _cost(cell)
+
+    def end(self, cell: Cell) -> None:
+        """What is left of a cell, of one that was skipped all, will not be done."""
+        n = self.left.pop(id(cell), 0)
+        self.total -= n
+        self.cost -= n * _cost(cell)
 
     def __str__(self) -> str:
         if not self.done:

@@ -80,7 +80,7 @@ class Engine:
         from ..auto import choose, read_per_token, reason
         from ..bandwidth import read_bandwidth
         from ..config import ModelConfig
-        from ..devices import has_cupy, physical_cores
+        from ..devices import has_card, physical_cores
         from ..gguf_file import GGUFFile
         from ..llama import DEFAULT_CONTEXT, default_model_path
         from ..stores import AUTO, get_stores, stores_text
@@ -88,7 +88,7 @@ class Engine:
         with GGUFFile.open(model if model is not None else default_model_path()) as file:
             config, weights = ModelConfig.from_gguf(file), read_per_token(file)
         n_ctx = self.n_ctx or min(config.n_ctx_train, DEFAULT_CONTEXT)
-        device = ("gpu" if has_cupy() else "cpu") if self.device == "auto" else self.device
+        device = ("gpu" if has_card() else "cpu") if self.device == "auto" else self.device
         kv = AUTO if self.kv == f"{AUTO}/{AUTO}" else stores_text(*get_stores(self.kv, config.palu))
         chosen = choose(wanted, config, n_ctx, weights, kv, device)
         limit = read_bandwidth(self.threads or physical_cores()) if device == "cpu" else None
