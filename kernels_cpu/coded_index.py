@@ -109,7 +109,7 @@ def _encode_unit(codes, scales, k, first, rotated, vectors):  # type: ignore[no-
 def _append_head(codes, scales, k_cache, mean, seq, slot, v, rotated, vectors, h):  # type: ignore[no-untyped-def]
     per_block, n_words = scales.shape[4], CODED_UNIT // PARTS
     for i in range(len(seq)):
-        if slot[i] % CODED_UNIT == CODED_UNIT - 1:
+        if slot[i] % CODED_UNIT == CODED_UNIT - 1 and per_block > 0:
             unit = slot[i] // CODED_UNIT
             block, place = unit // per_block, unit % per_block
             words = codes[seq[i], h, block, :, place * n_words : (place + 1) * n_words]

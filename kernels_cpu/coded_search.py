@@ -182,7 +182,9 @@ def _score(  # type: ignore[no-untyped-def]
     b, h, begin, end = part(task, tokens, most, n_head_kv, stop)
     if begin >= end:
         return
-    kv_head, coded = b * n_head_kv + h, max(begin, min(end, stop[b] // CODED_UNIT * CODED_UNIT))
+    kv_head, coded = b * n_head_kv + h, begin
+    if block > 0:
+        coded = max(begin, min(end, stop[b] // CODED_UNIT * CODED_UNIT))
     chosen, by = address(offsets) + kv_head * offsets.strides[0], address(factors) + kv_head * factors.strides[0]
     (own, own_bytes), weighed = logits_of(logits, b, h, group), begin
     head = address(codes) + b * codes.strides[0] + h * codes.strides[1]
@@ -223,7 +225,7 @@ def approximate_top_k(  # type: ignore[no-untyped-def]
     offsets, factors = np.empty((n_seq * n_head_kv, d), np.int64), np.empty((n_seq * n_head_kv, d, group), np.float32)
     few = np.zeros((n_seq, q.shape[1], 16 * len(vectors)), np.float32)
     chosen = (unowned(offsets), unowned(factors))
-    share(crew, n_seq * n_head_kv, _choose, (unowned(q), r, codes.strides[3], *chosen, unowned(few)))
+    share(crew, n_seq * n_head_kv, _choose, (unowned(q), r, max(1, codes.strides[3]), *chosen, unowned(few)))
     if rotated:
         rotate_rows(few, few, vectors)
     queries = queries_for(k, few)

@@ -65,7 +65,7 @@ KERNEL __launch_bounds__(THREADS, 2) append_codes(
 ) {
     __shared__ Coder c;
     const int s = slot[blockIdx.x], b = seq[blockIdx.x], h = blockIdx.y, unit = s / UNIT;
-    if (s % UNIT == UNIT - 1) {
+    if (s % UNIT == UNIT - 1 && blocks > 0) {
         const Rows k{k_codes, k_scales, k_sequence, k_head};
         const i64 first = k.row(b, h, unit * UNIT);
         const int span = tokens / UNIT;

@@ -87,7 +87,7 @@ DEVICE void spread_factors(Components& few, int r) {
 }
 
 // codes [B, H_kv, blocks, D, tokens / 8], scales [B, H_kv, blocks, D, tokens / UNIT] of pairs, k: see minirt.ops.
-// Of sequence b the first stop[b] tokens; the rows of those that fill no unit are read by one block.
+// Of sequence b the first stop[b] tokens; of those that fill no unit, or of all if there are no codes, the rows are read.
 KERNEL __launch_bounds__(THREADS, 2) approximate_top_k(
     const u32* codes, const u32* scales, int blocks, int tokens, u8* k_codes, u16* k_scales, i64 k_sequence, i64 k_head,
     const float* q, const int* stop, int r, int* done, CHOICE
@@ -100,23 +100,24 @@ KERNEL __launch_bounds__(THREADS, 2) approximate_top_k(
         Chooser later;
     } shared;
     static_assert(UNIT == THREADS);
-    const int n = stop[blockIdx.z], units = n / UNIT, rest = n % UNIT, whole = (units + WARPS - 1) / WARPS;
-    const int tiles = whole + (rest > 0), parts = min(int(gridDim.x), tiles);
+    const int n = stop[blockIdx.z], units = blocks > 0 ? n / UNIT : 0, whole = (units + WARPS - 1) / WARPS;
+    const int tiles = whole + (n - units * UNIT + THREADS - 1) / THREADS, parts = min(int(gridDim.x), tiles);
     if (int(blockIdx.x) >= parts) return;
     const Choice c = CHOSEN;
     Components& few = shared.now.few;
     choose_components(q + i64(kv_head_id()) * GROUP * D, r, few);
-    for (int tile = blockIdx.x; tile < whole; tile += parts) {
+    int tile = blockIdx.x;
+    for (; tile < whole; tile += parts) {
         const int unit = tile * WARPS + threadIdx.x / WARP, per_block = tokens / UNIT;
         const i64 block = i64(kv_head_id()) * blocks + unit / per_block;
         const i64 run = block * D * per_block + unit % per_block;
         if (unit < units) score_unit(c, codes + run * WORDS, scales + run, tokens, few, r, unit * UNIT);
     }
-    if (rest > 0 && int(blockIdx.x) == whole % parts) {
-        spread_factors(few, r);
-        const Rows keys{k_codes, k_scales, k_sequence, k_head};
-        const i64 row = keys.row(blockIdx.z, blockIdx.y, units * UNIT);
-        score_tile<!K_ROTATED>(c, keys, row, units * UNIT, rest, &few.q[0][0], shared.now.scores);
+    if (tile < tiles) spread_factors(few, r);
+    for (const Rows keys{k_codes, k_scales, k_sequence, k_head}; tile < tiles; tile += parts) {
+        const int first = units * UNIT + (tile - whole) * THREADS;
+        const i64 row = keys.row(blockIdx.z, blockIdx.y, first);
+        score_tile<!K_ROTATED>(c, keys, row, first, min(THREADS, n - first), &few.q[0][0], shared.now.scores);
     }
     choose(c, n, parts, done + kv_head_id(), shared.later);
 }

@@ -88,7 +88,7 @@ class SparseOps(BaseOps):
         how = components, k, local, sum_logits, least, counts
         if isinstance(index, CodedIndex):
             codes, scales, keys = _coded(index, q.shape[2])
-            tile, units = UNITS * CODED_UNIT, -(-slots // CODED_UNIT)
+            tile, units = UNITS * CODED_UNIT if codes.shape[2] else THREADS, -(-slots // CODED_UNIT)
             arrays: tuple[Any, ...] = (codes, scales, *_blocks(codes, 8), *keys.arguments)
             launch = "coded_search.cu", "approximate_top_k", units * CODED_UNIT, tile
             return self._choose(launch, q, n_head_kv, arrays, stop, *how, **_keys(keys))

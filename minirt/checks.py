@@ -230,7 +230,7 @@ def _index_shape(index: np.ndarray | CodedIndex) -> tuple[int, ...]:
     tokens, (n_seq, n_head_kv, slots, _) = 8 * words, index.k.shape
     if index.scales.shape != (*shape, tokens // CODED_UNIT, 2) or shape[:2] != [n_seq, n_head_kv]:
         raise ValueError(f"codes {index.codes.shape}, scales {index.scales.shape}, keys {index.k.shape} do not fit")
-    if tokens % INDEX_UNIT or slots // CODED_UNIT * CODED_UNIT > shape[2] * tokens:
+    if tokens % INDEX_UNIT or (shape[2] and slots // CODED_UNIT * CODED_UNIT > shape[2] * tokens):
         raise ValueError(f"codes {index.codes.shape} do not hold the units of keys {index.k.shape}")
     return (*shape, tokens)
 

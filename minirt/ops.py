@@ -50,7 +50,8 @@ class KV(NamedTuple):
 class CodedIndex(NamedTuple):
     """SparQ's copy of the keys in 4 bits: codes c of each component and each whole unit of CODED_UNIT tokens stand for
     least + scale c. The tokens after the last whole unit have none, and are read as rows of the cache. So codes depend
-    on the rows of their unit alone, and after a rewind nothing needs to be made again.
+    on the rows of their unit alone, and after a rewind nothing needs to be made again. Without blocks there is no copy:
+    all tokens are read as rows.
 
     A run of 16 words holds 128 tokens: bits 4 p ... 4 p + 3 of word w belong to token 16 p + w.
     """

@@ -53,7 +53,8 @@ def decoder() -> Decoder:
 @pytest.mark.parametrize(
     "spec",
     [
-        "dense", "sparq:r=8:k=16", "sparq:r=8:k=16:reallocate=on", "sparq:r=8:k=16:k-index=q4", "topk:k=16",
+        "dense", "sparq:r=8:k=16", "sparq:r=8:k=16:reallocate=on", "sparq:r=8:k=16:k-index=q4",
+        "sparq:r=8:k=16:k-index=none", "topk:k=16",
         "window:budget=32", "streaming:budget=32", "lm-infinite:budget=32",
     ],
 )  # fmt: skip

@@ -30,9 +30,9 @@ def ops(request: pytest.FixtureRequest) -> Any:
 
 
 def empty(device: Any, store: str, n_seq: int, n_head_kv: int, slots: int, d: int, tokens: int = 1024) -> Any:
-    """A cache and its index, in blocks of so many tokens."""
+    """A cache and its index, in blocks of so many tokens; 0: none, and no codes."""
     kv = KV(*(device.allocate(STORES[store], (n_seq, n_head_kv, slots, d)) for _ in range(2)))
-    blocks = -(-slots // tokens)
+    blocks = -(-slots // tokens) if tokens else 0
     codes = device.zeros((n_seq, n_head_kv, blocks, d, tokens // 8), np.dtype(np.uint32))
     scales = device.zeros((n_seq, n_head_kv, blocks, d, tokens // CODED_UNIT, 2), np.dtype(np.float16))
     return kv, CodedIndex(codes, scales, kv.k)
@@ -118,13 +118,14 @@ def test_what_is_not_finite(ops: Any, bad: float) -> None:
 # -- what is found -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("tokens", [1024, 0])
 @pytest.mark.parametrize(("store", "n_head", "n_head_kv", "d"), CASES)
-def test_probabilities_and_the_best(ops: Any, store: str, n_head: int, n_head_kv: int, d: int) -> None:
-    """Sequences that end at the borders of units; several blocks."""
+def test_probabilities_and_the_best(ops: Any, store: str, n_head: int, n_head_kv: int, d: int, tokens: int) -> None:
+    """Sequences that end at the borders of units; several blocks, or all tokens as rows."""
     lengths, found = BORDERS, []
     q, stop = 2 * normal(len(lengths), n_head, d), int32(*lengths)
     for device in (ops, TRUTH):
-        kv, index = empty(device, store, len(lengths), n_head_kv, max(lengths), d)
+        kv, index = empty(device, store, len(lengths), n_head_kv, max(lengths), d, tokens)
         for seq, n in enumerate(lengths):
             append(device, kv, index, seq, 0, keys(n, n_head_kv, d, seed=seq))
         every = [device.approximate_top_k(q, index, stop, r, max(lengths), 0, False)[1].copy() for r in (1, d // 4, d)]
@@ -141,6 +142,16 @@ def test_probabilities_and_the_best(ops: Any, store: str, n_head: int, n_head_kv
             m = min(40, n)
             p = theirs[1][seq, :, :n]
             assert_best(rows[seq, :, :m], weights[seq, :, :m], p, n, min(10, m), sum_logits, rounding(store))
+
+
+def test_without_codes_keys_are_exact(ops: Any) -> None:
+    """All components of the rows: what FlexGen's scores are, too."""
+    n, q, stop = 2 * CODED_UNIT + 9, normal(1, 6, 64), int32(2 * CODED_UNIT + 9)
+    kv, index = empty(ops, "f16", 1, 2, n, 64, tokens=0)
+    append(ops, kv, index, 0, 0, keys(n, 2, 64))
+    few = [a.copy() for a in ops.approximate_top_k(q, index, stop, 64, 20, 0, False)]
+    for a, b in zip(few, ops.exact_top_k(q, kv, stop, 20), strict=True):
+        assert_close(a, b, 1e-5)
 
 
 def test_heavy_rows(ops: Any) -> None:
@@ -315,6 +326,10 @@ def test_memory_and_bytes() -> None:
         index = 3 * (16 * coded // 2 + 16 * 4 * coded // CODED_UNIT) + (n - coded) * row // 2
         assert policy.bytes_read(config, plan, n) == 3 * (index + 128 * row)
     half = parse_policy("sparq:r=16:k=128").bytes_read(config, parse_policy("sparq").plan(config, 8192, f16, f16), 8192)
+    once = parse_policy("sparq:r=16:k=128:k_index=none")
+    plan_of_one = once.plan(config, 8192, f16, f16)
+    assert plan_of_one.nbytes(config) == dense.plan(config, 8192, f16, f16).nbytes(config)
+    assert once.bytes_read(config, plan_of_one, 8192) == 3 * (8192 * row // 2 + 128 * row)
     quarter = policy.bytes_read(config, plan, 8192) - 3 * 128 * row
     assert quarter / (half - 3 * 128 * row) == pytest.approx(0.25 + 1 / 128)
 

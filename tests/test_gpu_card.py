@@ -38,7 +38,8 @@ def test_evicting_codes(ops: Any, store: str, heads: tuple[int, int, int]) -> No
 
 @pytest.mark.parametrize(("store", "heads"), [("f16", (4, 2, 64)), STORES[0]], ids=str)
 def test_coded_index(ops: Any, store: str, heads: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    sparse.test_codes(ops, store, *heads, monkeypatch)
+    for tokens in (1024, 0):
+        sparse.test_codes(ops, store, *heads, tokens, monkeypatch)
 
 
 @pytest.mark.parametrize("name", latents.NAMES)

@@ -15,7 +15,7 @@ from emulated import emulated_ops
 from test_cuda_device import fake_cupy
 
 import kernels_gpu
-from minirt.devices import open_ops
+from minirt.devices import has_card, open_ops
 from minirt.errors import ModelError
 
 COMMANDS: dict[str, Callable[[Path], tuple[Any, ...]]] = {
@@ -88,6 +88,7 @@ def test_a_card_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     for cupy in (None, fake_cupy(count=0), fake_cupy(capability=(5, 2))):
         monkeypatch.setitem(sys.modules, "cupy", cupy)
         assert open_ops("auto", 1).name == "cpu"
+        assert not has_card()
 
 
 @pytest.mark.parametrize("of_steps", [False, True])

@@ -179,11 +179,12 @@ def test_heavy_rows_by_codes(ops: Any) -> None:
 # -- the index in 4 bits -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("tokens", [1024, 0])
 @pytest.mark.parametrize(("store", "n_head", "n_head_kv", "d"), [("f16", 3, 1, 100), ("q8_0", 2, 2, 64)])
-def test_codes(ops: Any, store: str, n_head: int, n_head_kv: int, d: int, monkeypatch: Any) -> None:
-    """Codes bit for bit, and what is found by them."""
+def test_codes(ops: Any, store: str, n_head: int, n_head_kv: int, d: int, tokens: int, monkeypatch: Any) -> None:
+    """Codes bit for bit, and what is found by them, or by rows where there are none."""
     monkeypatch.setattr(test_coded_index, "BORDERS", (1, 255, 256, 257, 529))
-    test_coded_index.test_probabilities_and_the_best(ops, store, n_head, n_head_kv, d)
+    test_coded_index.test_probabilities_and_the_best(ops, store, n_head, n_head_kv, d, tokens)
 
 
 @pytest.mark.parametrize(("store", "d"), [("f16", 32), ("q4_0-plain", 32)])

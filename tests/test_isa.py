@@ -171,7 +171,7 @@ def scores_of_policies(ops: Any) -> None:
     s.test_the_best(ops, store, *shape, stop=(1500, 2900, 64), k=130, local=33)
     s.test_attention_to_rows(ops, store, *shape, k=130)
     c.test_codes_are_those_of_the_rows(ops, store, *shape)
-    c.test_probabilities_and_the_best(ops, store, *shape)
+    c.test_probabilities_and_the_best(ops, store, *shape, 1024)
     e.test_attend_weights(ops, store, *shape, slots=100)
     e.test_column_sums(ops, store, *shape, start=5, n=70)
     e.test_overwrite(ops, store, *shape[1:])

@@ -66,7 +66,8 @@ class CountedOps:
         self, q: Array, index: Array | CodedIndex, stop: IntArray, r: int, *others: Any
     ) -> tuple[Array, Array]:
         if isinstance(index, CodedIndex):
-            units, rest = np.divmod(stop, CODED_UNIT)
+            coded = stop if index.codes.shape[2] else np.zeros_like(stop)
+            units, rest = coded // CODED_UNIT, stop - coded // CODED_UNIT * CODED_UNIT
             unit = int(index.codes.shape[1]) * r * (CODED_UNIT // 2 + 4)
             self.read += int(units.sum()) * unit + int(rest.sum()) * self._keys(index.k)
         else:

@@ -23,6 +23,9 @@ tokens shares a scale and a least number, both float16, which adds 12.9 % to a f
 whole 256, whose least number is not known yet, are scored in step 1 by their rows: exactly, and without an index that a
 rewind would have to repair.
 
+With k_index = none K lies in memory once, as rows, of which step 1 wants r components: these are in all lines of a row,
+so all keys are read, and no more memory is taken than by dense attention.
+
 Where the paper leaves a choice:
   - Heads that share keys: the paper's text and its algorithm sum the probabilities s over the group (sum-prob), its
     published code the logits (sum-logit). The first maximises the estimated weight of what is read.
@@ -75,7 +78,9 @@ class SparQ(BasePolicy):
     gqa: str = parameter(
         "sum-prob", "How query heads that share keys choose together.", str, of=("sum-prob", "sum-logit")
     )
-    k_index: str = parameter("f16", "How the second copy of the keys is kept.", str, of=("f16", "q4"))
+    k_index: str = parameter(
+        "f16", "How the second copy of the keys is kept; none: all keys are read.", str, of=("f16", "q4", "none")
+    )  # fmt: skip
 
     @property
     def adaptive(self) -> bool:
@@ -125,10 +130,13 @@ class SparQ(BasePolicy):
         return dataclasses.replace(self, most=4, local=1) if self.adaptive else dataclasses.replace(self, k=4, local=1)
 
     def plan(self, config: ModelConfig, n_ctx: int, k_store: Store, v_store: Store) -> CachePlan:
-        heads, d, coded = config.n_head_kv, config.head_dim, self.k_index == "q4"
+        heads, d, coded = config.n_head_kv, config.head_dim, self.k_index != "f16"
         most = max(1, n_ctx // CODED_UNIT * CODED_UNIT if coded else n_ctx)  # tokens that the index holds
         blocks = -(-most // (CODED_BLOCK if coded else INDEX_BLOCK))
-        tokens, shape = -(-most // (blocks * INDEX_UNIT)) * INDEX_UNIT, (heads, blocks, d)
+        tokens = -(-most // (blocks * INDEX_UNIT)) * INDEX_UNIT
+        if self.k_index == "none":
+            blocks = tokens = 0
+        shape = (heads, blocks, d)
         if coded:
             side = {
                 "codes": SideArray((*shape, tokens // 8), _UINT32, tokens),
@@ -218,7 +226,7 @@ class SparQ(BasePolicy):
         """Of a KV head, in step 1: r components; where they have no codes, rows."""
         if "index" in plan.side:
             return n * self.r * plan.side["index"][0].dtype.itemsize
-        units, rest = divmod(n, CODED_UNIT)
+        units, rest = divmod(n, CODED_UNIT) if plan.side["codes"][0].block else (0, n)
         return units * self.r * (CODED_UNIT // 2 + 4) + rest * plan.k_store.row_bytes(plan.head_dim)
 
 

@@ -15,7 +15,7 @@ def encode_units(index: CodedIndex, seq: np.ndarray, slot: np.ndarray) -> None:
     per_block = index.scales.shape[4]
     for b, s in zip(seq.tolist(), slot.tolist(), strict=True):
         unit, rest = divmod(s + 1, CODED_UNIT)
-        if rest == 0:
+        if rest == 0 and per_block:
             rows = store_of(index.k).decode(index.k[b, :, s + 1 - CODED_UNIT : s + 1])
             block, place = divmod(unit - 1, per_block)
             words, scales = encode(rows.swapaxes(1, 2))
@@ -26,6 +26,8 @@ def encode_units(index: CodedIndex, seq: np.ndarray, slot: np.ndarray) -> None:
 def decode_index(index: CodedIndex, b: int, n: int) -> np.ndarray:
     """The first n keys of a sequence, those that fill no unit from their rows: float32 [H_kv, n, d]."""
     coded, (_, n_head_kv, blocks, d, _) = n // CODED_UNIT * CODED_UNIT, index.codes.shape
+    if not blocks:
+        return store_of(index.k).decode(index.k[b, :, :n])
     keys = decode(index.codes[b], index.scales[b]).reshape(n_head_kv, blocks, d, -1).swapaxes(2, 3)
     keys = keys.reshape(n_head_kv, -1, d)[:, :coded]
     return np.concatenate([keys, store_of(index.k).decode(index.k[b, :, coded:n])], axis=1)
