@@ -106,7 +106,7 @@ def weigh(b, h, weighed, scored, end, own, own_bytes, largest, total, ranks, mod
 
 @kernel
 def finish_part(  # type: ignore[no-untyped-def]
-    b, h, stop, own, own_bytes, largest, total, ranks, mode, unfinished, local, rows, weights, least, counts
+    b, h, stop, own, own_bytes, largest, total, ranks, mode, unfinished, local, rows, weights, least, counts, seen
 ):
     """The last part of a KV head makes a choice of its exponentials, the logits that were."""
     group, kv_head, n = largest.shape[2], b * ranks.shape[1] + h, np.int64(stop[b])
@@ -117,7 +117,7 @@ def finish_part(  # type: ignore[no-untyped-def]
     _normalise(factors, total[kv_head])
     _choose_rows(n, own, own_bytes, factors, to, mode, local, *chosen)
     if len(counts) > 0:
-        _keep_heavy(*chosen, n, local, least, counts[b, h])
+        _keep_heavy(*chosen, n, local, least, seen[kv_head], counts[b, h])
 
 
 @kernel
@@ -161,21 +161,44 @@ def _choose_rows(n, own, own_bytes, factors, ranks, mode, local, rows, weights):
 
 
 @kernel
-def _keep_heavy(rows, weights, stop, local, least, counts):  # type: ignore[no-untyped-def]
+def _temper(weights, seen, to):  # type: ignore[no-untyped-def]
+    """to [k] = weights [k] to the power of `seen`, rounded to quarters; returns their sum."""
+    k, quarters, total = len(weights), min(max(np.floor(4 * seen + np.float32(0.5)), 1), 4), np.float32(0.0)
+    if quarters == 4:
+        to[:] = weights
+    elif quarters == 3:
+        for i in range(k):
+            to[i] = np.sqrt(weights[i]) * np.sqrt(np.sqrt(weights[i]))
+    elif quarters == 2:
+        for i in range(k):
+            to[i] = np.sqrt(weights[i])
+    else:
+        for i in range(k):
+            to[i] = np.sqrt(np.sqrt(weights[i]))
+    for i in range(k):
+        total += to[i]
+    return total
+
+
+@kernel
+def _keep_heavy(rows, weights, stop, local, least, seen, counts):  # type: ignore[no-untyped-def]
     """Of rows [k] of a text of `stop` tokens and weights [group, k], those that stay become the first: see Ops."""
     group, k = weights.shape
     if stop <= k:
         counts[0] = stop
         return
+    shares, own = np.zeros(k, np.float32), np.empty(k, np.float32)
+    for g in range(group):
+        total = _temper(weights[g], seen[g], own)
+        factor = np.float32(1.0) / total if total > 0 else np.float32(0.0)
+        for i in range(k):
+            shares[i] += own[i] * factor
     bound, kept = least * np.float32(group), 0
     for i in range(k):
-        total = np.float32(0.0)
-        for g in range(group):
-            total += weights[g, i]
         rows[kept] = rows[i]
         for g in range(group):
             weights[g, kept] = weights[g, i]
-        kept += total >= bound or rows[i] >= stop - local
+        kept += shares[i] >= bound or rows[i] >= stop - local
     counts[0] = kept
     counts[1] += kept
     counts[2] += 1

@@ -164,9 +164,9 @@ def add_codes(
 
 
 @kernel
-def _choose(q, r, run_bytes, offsets, factors, few, task):  # type: ignore[no-untyped-def]
+def _choose(q, r, run_bytes, offsets, factors, seen, few, task):  # type: ignore[no-untyped-def]
     """choose_components; and few [B, H_q, width], of zeros, becomes q / tau where they are."""
-    choose_components(q, r, run_bytes, offsets, factors, task)
+    choose_components(q, r, run_bytes, offsets, factors, seen, task)
     heads, group = len(factors) // len(q), factors.shape[2]
     for i in range(r):
         for g in range(group):
@@ -224,8 +224,9 @@ def approximate_top_k(  # type: ignore[no-untyped-def]
     group, r = q.shape[1] // n_head_kv, min(r, d)
     offsets, factors = np.empty((n_seq * n_head_kv, d), np.int64), np.empty((n_seq * n_head_kv, d, group), np.float32)
     few = np.zeros((n_seq, q.shape[1], 16 * len(vectors)), np.float32)
-    chosen = (unowned(offsets), unowned(factors))
-    share(crew, n_seq * n_head_kv, _choose, (unowned(q), r, max(1, codes.strides[3]), *chosen, unowned(few)))
+    chosen, seen = (unowned(offsets), unowned(factors)), np.empty((n_seq * n_head_kv, group), np.float32)
+    choice = (unowned(q), r, max(1, codes.strides[3]), *chosen, unowned(seen), unowned(few))
+    share(crew, n_seq * n_head_kv, _choose, choice)
     if rotated:
         rotate_rows(few, few, vectors)
     queries = queries_for(k, few)
@@ -233,8 +234,8 @@ def approximate_top_k(  # type: ignore[no-untyped-def]
     tiles, unfinished = tiles_of_heads(stop, n_head_kv, group), parts_of_heads(stop, tokens, n_head_kv)
     mode = OF_LOGITS if sum_logits else OF_PROBABILITIES
     of_tiles = (unowned(tiles[0]), unowned(tiles[1]), unowned(ranks), mode)
-    of_choice = (unowned(unfinished), local, unowned(rows), unowned(weights), least, unowned(counts))
+    of_choice = (unowned(unfinished), local, unowned(rows), unowned(weights), least, unowned(counts), unowned(seen))
     args = (unowned(codes), unowned(scales), unowned(k), unowned(queries), unowned(stop), tokens, most, r, *chosen)
     how = coded_heads, vectors, heads
     share(crew, n_seq * n_head_kv * most, _score, (*args, *how, unowned(logits), of_tiles, of_choice))
-    hold((offsets, factors, queries, tiles, unfinished))
+    hold((offsets, factors, seen, queries, tiles, unfinished))

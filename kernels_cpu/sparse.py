@@ -111,8 +111,8 @@ def add_runs(
 
 
 @kernel
-def choose_components(q, r, run_bytes, offsets, factors, task):  # type: ignore[no-untyped-def]
-    """For a KV head: the r components of largest sum |q|, and the queries' there, divided by tau."""
+def choose_components(q, r, run_bytes, offsets, factors, seen, task):  # type: ignore[no-untyped-def]
+    """For a KV head: the r components of largest sum |q|, their share of |q|, and the queries' there, over tau."""
     heads, (_, d, group) = len(factors) // len(q), factors.shape
     b, first = task // heads, task % heads * group
     sums, keys, chosen = np.zeros(d, np.float32), np.empty(d + 16, np.int32), np.empty(d, np.int32)
@@ -131,7 +131,8 @@ def choose_components(q, r, run_bytes, offsets, factors, task):  # type: ignore[
             every += abs(q[b, first + g, j])
         for i in range(r):
             few += abs(q[b, first + g, chosen[i]])
-        tau = np.sqrt(np.float32(d) * (few / max(every, np.float32(1e-30))))
+        seen[task, g] = few / max(every, np.float32(1e-30))
+        tau = np.sqrt(np.float32(d) * seen[task, g])
         for i in range(r):
             factors[task, i, g] = q[b, first + g, chosen[i]] / tau if tau > 0 else np.float32(0.0)
 
@@ -187,16 +188,16 @@ def approximate_top_k(  # type: ignore[no-untyped-def]
     n_seq, n_head_kv, _, d, _ = index.shape
     group, r = q.shape[1] // n_head_kv, min(r, d)
     offsets, factors = np.empty((n_seq * n_head_kv, d), np.int64), np.empty((n_seq * n_head_kv, d, group), np.float32)
-    chosen = (unowned(offsets), unowned(factors))
-    share(crew, n_seq * n_head_kv, choose_components, (unowned(q), r, index.strides[3], *chosen))
+    chosen, seen = (unowned(offsets), unowned(factors)), np.empty((n_seq * n_head_kv, group), np.float32)
+    share(crew, n_seq * n_head_kv, choose_components, (unowned(q), r, index.strides[3], *chosen, unowned(seen)))
     tokens, most = part_tokens(stop, n_head_kv)
     tiles, unfinished = tiles_of_heads(stop, n_head_kv, group), parts_of_heads(stop, tokens, n_head_kv)
     mode = OF_LOGITS if sum_logits else OF_PROBABILITIES
     of_tiles = (unowned(tiles[0]), unowned(tiles[1]), unowned(ranks), mode)
-    of_choice = (unowned(unfinished), local, unowned(rows), unowned(weights), least, unowned(counts))
+    of_choice = (unowned(unfinished), local, unowned(rows), unowned(weights), least, unowned(counts), unowned(seen))
     args = (unowned(index), unowned(stop), tokens, most, r, *chosen, heads, unowned(logits), of_tiles, of_choice)
     share(crew, n_seq * n_head_kv * most, _score_few, args)
-    hold((offsets, factors, tiles, unfinished))
+    hold((offsets, factors, seen, tiles, unfinished))
 
 
 # -- by whole keys -----------------------------------------------------------------------------------------------------
@@ -229,8 +230,10 @@ def exact_top_k(crew, q, k, stop, scale, vectors, heads, logits, ranks, rows, we
     tokens, most = part_tokens(stop, n_head_kv)
     tiles, unfinished = tiles_of_heads(stop, n_head_kv, group), parts_of_heads(stop, tokens, n_head_kv)
     of_tiles = (unowned(tiles[0]), unowned(tiles[1]), unowned(ranks), OF_PROBABILITIES)
-    of_choice = (unowned(unfinished), 0, unowned(rows), unowned(weights), np.float32(0.0), unowned(counts))
+    seen = np.empty((0, 0), np.float32)
+    no_counts = np.float32(0.0), unowned(counts), unowned(seen)
+    of_choice = (unowned(unfinished), 0, unowned(rows), unowned(weights), *no_counts)
     queries = queries_for(k, q)
     args = (unowned(queries), unowned(k), unowned(stop), scale, tokens, most, vectors, heads, unowned(logits))
     share(crew, n_seq * n_head_kv * most, _score_all, (*args, of_tiles, of_choice))
-    hold((queries, tiles, unfinished))
+    hold((queries, seen, tiles, unfinished))

@@ -40,7 +40,7 @@ struct Choice {
     float* weights;  // [GROUP, k]: its probabilities
     int* counts;     // [3]: how many stay; the sum of that over the calls that chose, and their number. Null: all stay
     int positions, k, local;
-    float least;     // weight, on average over the heads, of those that stay beside the last `local`
+    float least;     // share of the k, on average over the heads, of those that stay beside the last `local`
 
     DEVICE Choice of(int kv_head) const {
         const i64 at = i64(kv_head) * positions;
@@ -240,15 +240,37 @@ DEVICE void mark_best(const Choice& c, int n, int m, u32* marks, Chooser& s) {
         if (token_at(i) < n && key(i) >= least) mark(marks, token_at(i));
 }
 
+// A weight to the power of the share of a query that was seen, in quarters.
+DEVICE float temper(float weight, float seen) {
+    const float quarters = floorf(4.0f * seen + 0.5f), half = sqrtf(weight);
+    return quarters >= 4.0f ? weight : quarters == 3.0f ? half * sqrtf(half) : quarters == 2.0f ? half : sqrtf(half);
+}
+
 // Of the k rows of a text of n > k tokens those that stay become the first, in order, and are counted. A thread knows all
 // of a row before others come to stand in its place.
-DEVICE void keep_heavy(const Choice& c, int n, Chooser& s) {
+DEVICE void keep_heavy(const Choice& c, int n, Chooser& s, const float* seen) {
+    float sum[GROUP];
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) {
+        sum[g] = 0.0f;
+        for (int i = threadIdx.x; i < c.k; i += THREADS) sum[g] += temper(c.weights[i64(g) * c.k + i], seen[g]);
+    }
+    __syncthreads();
+    join_threads(sum, s, [](float a, float b) { return a + b; });
+    if (threadIdx.x < GROUP) {
+        const float total = s.part[threadIdx.x][0];
+        s.scale[threadIdx.x] = total > 0.0f ? 1.0f / total : 0.0f;
+    }
+    __syncthreads();
     int kept = 0;
     for (int first = 0; first < c.k; first += THREADS) {
         const int i = first + threadIdx.x, row = i < c.k ? c.rows[i] : -1;
         float weight[GROUP], total = 0.0f;
 #pragma unroll
-        for (int g = 0; g < GROUP; g++) total += weight[g] = i < c.k ? c.weights[i64(g) * c.k + i] : 0.0f;
+        for (int g = 0; g < GROUP; g++) {
+            weight[g] = i < c.k ? c.weights[i64(g) * c.k + i] : 0.0f;
+            total += temper(weight[g], seen[g]) * s.scale[g];
+        }
         const bool stays = i < c.k && (total >= c.least * GROUP || row >= n - c.local);
         const int at = kept + sum_before(stays, s.tally.warps);
         if (stays) {
@@ -261,8 +283,9 @@ DEVICE void keep_heavy(const Choice& c, int n, Chooser& s) {
     if (threadIdx.x == 0) c.counts[0] = kept, c.counts[1] += kept, c.counts[2]++;
 }
 
-// Chooses k of the first n tokens, if all blocks that had some of them have come here. All threads of a block call.
-DEVICE void choose(const Choice& c, int n, int blocks, int* done, Chooser& s) {
+// Chooses k of the first n tokens, if all blocks that had some of them have come here. All threads of a block call. seen
+// [GROUP]: in shared memory, wanted if there are counts.
+DEVICE void choose(const Choice& c, int n, int blocks, int* done, Chooser& s, const float* seen = nullptr) {
     extern __shared__ u32 marks[];
     if (!is_last(done, blocks)) return;
     find_softmax(c, n, s);
@@ -283,6 +306,6 @@ DEVICE void choose(const Choice& c, int n, int blocks, int* done, Chooser& s) {
             c.weights[i64(g) * c.k + i] = probability(s, g, c.logits[i64(g) * c.positions + position]);
     }
     if (!c.counts) return;
-    if (!all) keep_heavy(c, n, s);
+    if (!all) keep_heavy(c, n, s, seen);
     else if (threadIdx.x == 0) c.counts[0] = n;
 }

@@ -99,13 +99,14 @@ KERNEL __launch_bounds__(THREADS, 2) approximate_top_k(
         } now;
         Chooser later;
     } shared;
+    __shared__ float seen[GROUP];
     static_assert(UNIT == THREADS);
     const int n = stop[blockIdx.z], units = blocks > 0 ? n / UNIT : 0, whole = (units + WARPS - 1) / WARPS;
     const int tiles = whole + (n - units * UNIT + THREADS - 1) / THREADS, parts = min(int(gridDim.x), tiles);
     if (int(blockIdx.x) >= parts) return;
     const Choice c = CHOSEN;
     Components& few = shared.now.few;
-    choose_components(q + i64(kv_head_id()) * GROUP * D, r, few);
+    choose_components(q + i64(kv_head_id()) * GROUP * D, r, few, seen);
     int tile = blockIdx.x;
     for (; tile < whole; tile += parts) {
         const int unit = tile * WARPS + threadIdx.x / WARP, per_block = tokens / UNIT;
@@ -119,5 +120,5 @@ KERNEL __launch_bounds__(THREADS, 2) approximate_top_k(
         const i64 row = keys.row(blockIdx.z, blockIdx.y, first);
         score_tile<!K_ROTATED>(c, keys, row, first, min(THREADS, n - first), &few.q[0][0], shared.now.scores);
     }
-    choose(c, n, parts, done + kv_head_id(), shared.later);
+    choose(c, n, parts, done + kv_head_id(), shared.later, seen);
 }

@@ -13,8 +13,9 @@ struct Components {
     float factor[MOST][GROUP];  // what the queries have there, over tau; then 0
 };
 
-// For queries q [GROUP, D]. All threads of a block of whole warps call; ends with a barrier.
-DEVICE void choose_components(const float* q, int r, Components& c) {
+// For queries q [GROUP, D]; seen [GROUP]: the share of |q| that is chosen. All threads of a block of whole warps call; ends
+// with a barrier.
+DEVICE void choose_components(const float* q, int r, Components& c, float* seen) {
     for (int i = threadIdx.x; i < GROUP * D; i += blockDim.x) c.q[i / D][i % D] = q[i];
     __syncthreads();
     for (int j = threadIdx.x; j < MOST; j += blockDim.x) {
@@ -43,7 +44,8 @@ DEVICE void choose_components(const float* q, int r, Components& c) {
         for (int j = lane_id(); j < D; j += WARP) every += fabsf(c.q[g][j]);
         for (int i = lane_id(); i < r; i += WARP) few += fabsf(c.q[g][c.chosen[i]]);
         every = sum_over(every), few = sum_over(few);
-        const float tau = sqrtf(float(D) * (few / (every < 1e-30f ? 1e-30f : every)));
+        const float share = few / (every < 1e-30f ? 1e-30f : every), tau = sqrtf(float(D) * share);
+        if (lane_id() == 0) seen[g] = share;
         for (int i = lane_id(); i < MOST; i += WARP)
             c.factor[i][g] = i < r && tau > 0.0f ? c.q[g][c.chosen[i]] / tau : 0.0f;
     }

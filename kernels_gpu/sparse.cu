@@ -85,14 +85,15 @@ KERNEL __launch_bounds__(THREADS, BLOCKS) approximate_top_k(
         Components now;
         Chooser later;
     } shared;
+    __shared__ float seen[GROUP];
     const int n = stop[blockIdx.z], tiles = (n + TILE - 1) / TILE, parts = min(int(gridDim.x), tiles);
     if (int(blockIdx.x) >= parts) return;
     const Choice c = CHOSEN;
-    choose_components(q + i64(kv_head_id()) * GROUP * D, r, shared.now);
+    choose_components(q + i64(kv_head_id()) * GROUP * D, r, shared.now, seen);
     for (int tile = blockIdx.x; tile < tiles; tile += parts) {
         const int first = tile * TILE + threadIdx.x / WARP * SCORED;
         const i64 run = (i64(kv_head_id()) * blocks + first / tokens) * D * tokens + first % tokens;
         if (first < n) score(c, index + run * ROW_BYTES<STORE, 1>, tokens, shared.now, r, first, n);
     }
-    choose(c, n, parts, done + kv_head_id(), shared.later);
+    choose(c, n, parts, done + kv_head_id(), shared.later, seen);
 }

@@ -300,10 +300,12 @@ class Ops(Protocol):
         probabilities over the group, or of the logits if sum_logits, the last `local` always among them; weights
         [B, H_q, k] are the probabilities there. NaN in logits counts as -inf.
 
-        With counts int32 [B, H_kv, 3], if stop[b] > k, only the last `local` >= 1 of these k stay, and those that weigh
-        at least `least`, on average over the group. They move to the front of their row, in order, and so do their
-        weights; what follows has no meaning. counts[b, h] becomes how many stay; then, of all calls with stop[b] > k,
-        the sum of that, and how many they are. Where stop[b] = 0 nothing changes.
+        With counts int32 [B, H_kv, 3], if stop[b] > k, only the last `local` >= 1 of these k stay, and those whose
+        share of the k is at least `least`, on average over the group. A share is of weights to the power of
+        |q_r|_1 / |q|_1, rounded to 1, 2, 3 or 4 quarters: the less of a query was seen, the less do weights differ.
+        What stays moves to the front of its row, in order, and so do its weights; what follows has no meaning.
+        counts[b, h] becomes how many stay; then, of all calls with stop[b] > k, the sum of that, and how many they are.
+        Where stop[b] = 0 nothing changes.
         """
 
     def exact_top_k(self, q: Array, kv: KV, stop: IntArray, k: int) -> tuple[Array, Array]:

@@ -177,7 +177,7 @@ def test_sparq_is_dense_while_a_text_is_short(device: str) -> None:
 
 
 @pytest.mark.parametrize("device", OPS)
-@pytest.mark.parametrize("k", ["k=4", "k=auto:eps=0.05:most=4"])
+@pytest.mark.parametrize("k", ["k=4", "k=auto:eps=0.2:most=4"])
 def test_sparq_is_dense_for_the_short_texts_of_a_batch(k: str, device: str) -> None:
     """Each sequence as it would be alone, while the others pass the bound one by one."""
     spec, heads, lengths, steps = f"sparq:r=4:{k}:local=1:reallocate=on:dense_until=30", (6, 2, 16), (26, 1, 40), 10
@@ -231,7 +231,7 @@ def test_sparq_reads_what_weighs_enough(device: str) -> None:
     """Of nine tokens that weigh 4, 3, 1 and, six times, 0.2: those of a tenth, and the newest; what is not read counts
     as the mean. Then the newest outweighs all others, and stays heavy when the next one weighs nothing."""
     weights, values = [4, 0.2, 3, 0.2, 0.2, 1, 0.2, 0.2, 0.2, 100, 0.001, 0.001], [5, 0, 7, 0, 0, 2, 0, 0, 0, 30, 9, 9]
-    run = toy_run("sparq:r=16:k=auto:eps=0.1:most=4:local=1:reallocate=on", device)
+    run = toy_run("sparq:r=16:k=auto:eps=0.4:most=4:local=1:reallocate=on", device)
     text, config = toy(weights, values), run.config
     run.prompt(cut(text, 0, 8))
     for n, read in ((9, [0, 2, 5, 8]), (10, [9]), (11, [9, 10])):

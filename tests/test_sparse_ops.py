@@ -12,7 +12,7 @@ from test_ops import NUMBERS, TRUTH, assert_close, normal, rounding
 
 from kernels_cpu import CpuOps
 from minirt.ops import INDEX_BLOCK, INDEX_UNIT, KV
-from minirt.reference.sparse import keep_heavy
+from minirt.reference.sparse import keep_heavy, tempered_shares, top_components
 from minirt.stores import STORES
 
 # store, H_q, H_kv, d
@@ -251,6 +251,20 @@ def test_heavy_rows_by_hand() -> None:
     assert counts.tolist() == [[[5, 13, 5]]]  # all stay where there are no more than k
 
 
+def test_shares_of_flattened_weights_by_hand() -> None:
+    """Powers 1/4, 1/2, 3/4 and 1 of 16 and 1, by what of a query was seen; and weights of nothing."""
+    weights = np.array([[16, 1]] * 5 + [[0, 0]], np.float32)
+    shares = tempered_shares(weights, np.array([0.0, 0.37, 0.5, 0.7, 1.0, 0.5], np.float32))
+    assert np.allclose(shares[:, 0], [2 / 3, 2 / 3, 4 / 5, 8 / 9, 16 / 17, 0])
+    assert np.allclose(shares[:5].sum(axis=1), 1)
+
+
+def seen(q: np.ndarray, n_head_kv: int, r: int) -> np.ndarray:
+    """The share of each query [H_q, d] that r components of its group have: [H_kv, g]."""
+    groups = np.abs(q).reshape(n_head_kv, -1, q.shape[1])
+    return np.stack([of[:, top_components(of, r)].sum(axis=1) / of.sum(axis=1) for of in groups])
+
+
 @pytest.mark.parametrize(("store", "n_head", "n_head_kv", "d"), CASES)
 @pytest.mark.parametrize(("k", "local", "longest"), [(1, 1, 600), (40, 3, 2900), (700, 16, 1500)])
 def test_heavy_rows(
@@ -269,7 +283,7 @@ def test_heavy_rows(
         for b, n in enumerate(stop[:2].tolist()):
             for h, heads in enumerate(np.arange(n_head).reshape(n_head_kv, -1)):
                 own, its = every[0][b, h], every[1][b, heads]
-                m = keep_heavy(own, its, n, local, least)
+                m = keep_heavy(own, its, n, local, least, seen(q[b], n_head_kv, d // 4)[h])
                 assert least or m == min(n, k)
                 truth[b, h] = m, truth[b, h, 1] + m * (n > k), truth[b, h, 2] + (n > k)
                 assert np.array_equal(rows[b, h, :m], own[:m])

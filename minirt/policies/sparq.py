@@ -7,10 +7,11 @@ A decode step (algorithm 1), for a KV head and its query heads:
  3. y = alpha y + (1 - alpha) v_bar: alpha is what these k tokens weigh in s, v_bar the mean of all values (equation 8).
 The prompt is attended densely, and so are texts of up to k tokens: nothing could be saved.
 
-With k = auto a head reads as many as it has use for: of the `most` tokens of largest s the newest, and those with
-s >= eps, on average over the heads that share keys. One bound for all heads and layers covers the most weight that so
-many rows can, for what is left out weighs less wherever it is. To cover a share 1 - eps of the weight in each head does
-worse at equal bytes: most rows go to heads that are so flat that any of them stand for the rest
+With k = auto a head reads as many as it has use for: of the `most` tokens of largest s the newest, and those whose s^b
+is at least eps times the average of these `most`, on average over the heads that share keys. The exponent b is the
+share |q_r|_1 / |q|_1 of the query that s was made of: what few components tell of a token is half noise, and without it
+heads that only seem to need few rows would lose those they need. To cover a share 1 - eps of the weight in each head
+does worse at equal bytes: most rows go to heads that are so flat that any of them stand for the rest
 (tools/results/adaptive_k.json). Texts of up to `most` tokens are attended densely: so much may be read anyway, and in
 short texts a model misses what is left out most. What was read is counted, for `bytes_touched`.
 
@@ -52,7 +53,7 @@ from .base import BasePolicy, parameter
 
 _FLOAT16, _FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
 _INT32, _UINT32 = np.dtype(np.int32), np.dtype(np.uint32)
-EPS, MOST, NEWEST = 0.0005, 512, 16  # of auto
+EPS, MOST, NEWEST = 0.75, 512, 16  # of auto
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class SparQ(BasePolicy):
     r: int = parameter(32, "Components of a query that choose what is read.", least=1)
     k: int | str = parameter(128, "Tokens that are read, or auto: by their weight.", least=1, of=("auto",))
     eps: float | None = parameter(
-        None, f"With --k auto: what a token must weigh to be read.  [default: {EPS}]", float, least=0, most=1
-    )
+        None, f"With --k auto: what a token must weigh to be read, in averages of --most.  [default: {EPS}]", float,
+        least=0,
+    )  # fmt: skip
     most: int | None = parameter(None, f"... and no more than so many.  [default: {MOST}]", least=1)
     local: int | None = parameter(
         None, f"... of which the newest are always read.  [default: k / 4; auto: {NEWEST}]", least=0
@@ -104,8 +106,8 @@ class SparQ(BasePolicy):
 
     @property
     def least(self) -> float:
-        """What a token must weigh to be read."""
-        return EPS if self.eps is None else self.eps
+        """Share of all `rows` that a token must have to be read."""
+        return (EPS if self.eps is None else self.eps) / self.rows
 
     def reallocates(self, config: ModelConfig) -> bool:
         return self.reallocate == "on" or (self.reallocate == "auto" and config.n_head == config.n_head_kv)

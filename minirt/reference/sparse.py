@@ -63,7 +63,7 @@ class SparseOps:
                 logits = np.divide(few, tau, out=np.zeros_like(few), where=tau > 0) @ keys[h][:, chosen].T
                 _choose(logits, local, sum_logits, rows[b, h], weights[b, heads])
                 if counts is not None and n:
-                    kept = keep_heavy(rows[b, h], weights[b, heads], int(n), local, least)
+                    kept = keep_heavy(rows[b, h], weights[b, heads], int(n), local, least, share)
                     counts[b, h, 0] = kept
                     counts[b, h, 1:] += (kept, 1) if n > k else (0, 0)
         return rows, weights
@@ -140,11 +140,24 @@ def _choose(logits: np.ndarray, local: int, sum_logits: bool, rows: np.ndarray, 
     weights[:, :n] = p[:, rows[:n]]
 
 
-def keep_heavy(rows: np.ndarray, weights: np.ndarray, stop: int, local: int, least: float) -> int:
+def tempered_shares(weights: np.ndarray, seen: np.ndarray) -> np.ndarray:
+    """Of weights [g, k], to the power of seen [g], rounded to quarters (which square roots can do), the share of each
+    among the k."""
+    half = np.sqrt(weights)
+    quarter = np.sqrt(half)
+    powers = np.stack([quarter, half, half * quarter, weights])
+    which = np.clip(np.floor(4 * seen + np.float32(0.5)).astype(int), 1, 4) - 1
+    powers = powers[which, np.arange(len(weights))]
+    total = powers.sum(axis=1, keepdims=True)
+    return np.divide(powers, total, out=np.zeros_like(powers), where=total > 0)
+
+
+def keep_heavy(rows: np.ndarray, weights: np.ndarray, stop: int, local: int, least: float, seen: np.ndarray) -> int:
     """Of rows [k] of a text of `stop` tokens, the newest and those that weigh enough become the first; how many."""
     if stop <= len(rows):
         return stop
-    kept = (weights.sum(axis=0) >= np.float32(least) * np.float32(len(weights))) | (rows >= stop - local)
+    shares = tempered_shares(weights, seen).sum(axis=0)
+    kept = (shares >= np.float32(least) * np.float32(len(weights))) | (rows >= stop - local)
     m = int(kept.sum())
     rows[:m], weights[:, :m] = rows[kept], weights[:, kept]
     return m
