@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import subprocess
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -27,6 +26,7 @@ import click
 import numpy as np
 
 from minirt import Llama, __version__
+from minirt.bandwidth.grid import commit
 from minirt.bench import cpu_name
 from minirt.cache import Cache
 from minirt.ops import Array, Ops
@@ -37,9 +37,8 @@ from minirt.policies.sparq import MOST, SparQ
 
 POLICIES = (
     *(f"sparq:r={r}:k={k}" for r in (16, 32) for k in (128, 64, 256, 32)),
-    *(f"sparq:r={r}:k=auto:eps={eps}" for r in (16, 32) for eps in (0.0005, 0.001, 0.00025, 0.002)),
     *(f"sparq:r={r}:k={k}" for r in (8, 12) for k in (128, 64, 256, 512)),
-    *(f"sparq:r={r}:k=auto:eps={eps}" for r in (8, 12) for eps in (0.0005, 0.001, 0.00025, 0.000125)),
+    *(f"sparq:r={r}:k=auto:eps={eps}" for r in (12, 16, 32, 8) for eps in (0.75, 1.0, 0.5, 1.5)),
     *(f"share:eps={eps}" for eps in (0.1, 0.05, 0.2)),
 )
 
@@ -59,7 +58,7 @@ class Share(SparQ):
         order = np.argsort(-mean - newest, axis=2)
         mean, rows = np.take_along_axis(mean, order, 2), np.take_along_axis(rows, order, 2)
         before = mean.cumsum(axis=2) - mean
-        wanted = (before < 1 - self.least) | np.take_along_axis(newest, order, 2)
+        wanted = (before < 1 - self.eps) | np.take_along_axis(newest, order, 2)
         counts[:, :, 0] = wanted.sum(axis=2)
         counts[:, :, 1:] += np.stack([counts[:, :, 0], np.ones_like(counts[:, :, 0])], axis=2)
         return ops.attend_rows(q, kv, np.ascontiguousarray(rows), stop, None, None, counts)
@@ -78,11 +77,7 @@ def measure(llama: Llama, spec: str, windows: np.ndarray, base: list[np.ndarray]
     found = divergence.statistics()
     names = ("kld", "kld_error", "kld_p50", "kld_p99", "same_top", "ppl_ratio", "ppl_ratio_error")
     numbers = {"kv_bytes_read": statistics.fmean(read)} | {name: found[name] for name in names}
-    return numbers | {"seconds": time.perf_counter() - begun}
-
-
-def run(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return numbers | {"seconds": time.perf_counter() - begun, "commit": commit()}
 
 
 @click.command()
@@ -100,8 +95,7 @@ def main(model: str, text: Path, threads: int, ctx: int, chunks: int, output: Pa
         "model": Path(model).name, "text": text.name, "n_ctx": ctx, "chunks": chunks, "kv": "f16", "most": MOST,
     }  # fmt: skip
     result: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%d"), "commit": run("git", "rev-parse", "--short", "HEAD"), "cpu": cpu_name(),
-        "threads": threads, "os": platform.platform(),
+        "date": time.strftime("%Y-%m-%d"), "cpu": cpu_name(), "threads": threads, "os": platform.platform(),
         "versions": {"minirt": __version__} | {name: version(name) for name in ("numpy", "numba")},
         **settings, "policies": {},
     }  # fmt: skip

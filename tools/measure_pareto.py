@@ -3,8 +3,9 @@
     python tools/measure_pareto.py --model smollm2-q4_0.gguf --text tinyshakespeare.txt -o tools/results/pareto.json
 
 Divergence is from dense attention to a float16 cache, where the second half of each window is decoded token by token;
-repetition is that task of `minirt eval`. Palu's points are of copies of the model with low-rank keys and values, which
-are made here. OUTPUT is renewed after each point, and what it holds is not measured again.
+repetition is that task of `minirt eval`, in shorter texts of which k is the same share. Palu's points are of copies of
+the model with low-rank keys and values, which are made here. OUTPUT is renewed after each measurement, and what it
+holds is not measured again.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from minirt import Llama
 from minirt.bandwidth.grid import Machine, commit
 from minirt.palu import convert
 from minirt.perplexity import Divergence, cut_windows, decoded_logits, dense_log_probs, first_scored
-from minirt.policies import parse_policy
+from minirt.policies import in_proportion, parse_policy
 from minirt.progress import Progress
 from minirt.stores import get_stores
 
@@ -38,12 +39,16 @@ POINTS = [  # (policy, KV type)
     *((f"sparq:r={r}:k={k}:k_index=q4", "f16") for r, k in ((16, 64), (16, 128), (32, 128), (32, 256))),
     *(("sparq:r=32:k=128", kv) for kv in ("q8_0", "q4_0")),
     *((f"sparq:r={r}:k={k}:k_index=q4", "q8_0") for r, k in ((16, 64), (16, 128), (32, 256))),
-    *((f"sparq:r={r}:k=auto", "f16") for r in (16, 32)),
+    *((f"sparq:r={r}:k=auto", "f16") for r in (8, 12, 16, 32)),
+    *((f"sparq:r=12:k={k}", "f16") for k in (64, 128, 256)),
     *((f"sparq:r={r}:k=auto:k_index=q4", "q8_0") for r in (16, 32)),
     *((f"topk:k={k}", "f16") for k in (32, 128)),
     *((f"{name}:budget={budget}", "f16") for name in BOUNDED for budget in BUDGETS),
     *((f"{name}:budget={budget}", "f16") for name, budget in (("tova", "1/16"), ("h2o", "1/5"), ("d2o", "1/5"))),
+    ("d2o-code:budget=1/4", "f16"),
     *((f"{name}:budget={budget}", "q8_0") for name in ("h2o", "tova") for budget in BUDGETS),
+    *((f"{name}:budget=1/4", "q8_0") for name in ("streaming", "lm-infinite", "d2o")),
+    *((f"{name}:budget=1/4", "q4_0") for name in ("h2o", "tova")),
 ]
 LOW_RANK = [  # (policy, KV type, share of the rank that is kept)
     *(("dense", latent, keep) for keep in (0.7, 0.5) for latent in ("latent-f16", "latent-q4")),
@@ -71,6 +76,7 @@ def measured(llama: Llama, windows: np.ndarray, base: np.ndarray) -> dict[str, A
 
 def repetition(model: str, policy: str, kv: str, threads: int) -> dict[str, float]:
     """Characters of a passage that are repeated, on average, and the standard error."""
+    policy = str(in_proportion(parse_policy(policy), LENGTH, N_CTX))
     flags = ["--task", "repetition", "-n", EXAMPLES, "--length", LENGTH, "-t", threads, "-o", "json"]
     command = [sys.executable, "-m", "minirt", "eval", model, "--policy", policy, "--kv", kv, *map(str, flags)]
     (found,) = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
@@ -90,7 +96,8 @@ def main(model: str, text: str, threads: int, output: Path) -> None:
     settings |= {"examples": EXAMPLES, "length": LENGTH}
     if any(known.get(name, value) != value for name, value in settings.items()):
         raise click.ClickException(f"{output} holds points of other settings than {settings}")
-    wanted = [point for point in [*((*pair, None) for pair in POINTS), *LOW_RANK] if point not in points]
+    every = [*((*pair, None) for pair in POINTS), *LOW_RANK]
+    wanted = [point for point in every if not {"kld", "repetition"} <= points.get(point, {}).keys()]
     if not wanted:
         return
     with Progress("dense attention"), Llama.load(model, n_ctx=N_CTX, threads=threads) as llama:
@@ -103,9 +110,12 @@ def main(model: str, text: str, threads: int, output: Path) -> None:
             if keep is not None:
                 file = str(Path(folder) / "low_rank.gguf")
                 convert(model, file, keep=keep, threads=threads)
-            with Llama.load(file, n_ctx=N_CTX, policy=policy, kv=kv, threads=threads) as llama:
-                point = {"policy": policy, "kv": kv, **measured(llama, windows, base)}
-            point |= repetition(file, policy, kv, threads)
+            point = points.get((policy, kv, keep), {"policy": policy, "kv": kv})
+            if "kld" not in point:
+                with Llama.load(file, n_ctx=N_CTX, policy=policy, kv=kv, threads=threads) as llama:
+                    point |= measured(llama, windows, base)
+            if "repetition" not in point:
+                point |= repetition(file, policy, kv, threads)
         point |= {} if keep is None else {"keep": keep}
         points[policy, kv, keep] = point | {"cpu": machine.name, "commit": commit()}
         facts = settings | machine.facts()
