@@ -111,13 +111,14 @@ def main(model: str, text: str, threads: int, output: Path) -> None:
                 file = str(Path(folder) / "low_rank.gguf")
                 convert(model, file, keep=keep, threads=threads)
             point = points.get((policy, kv, keep), {"policy": policy, "kv": kv})
+            commits = dict.fromkeys([point["commit"], commit()] if "commit" in point else [commit()])
             if "kld" not in point:
                 with Llama.load(file, n_ctx=N_CTX, policy=policy, kv=kv, threads=threads) as llama:
                     point |= measured(llama, windows, base)
             if "repetition" not in point:
                 point |= repetition(file, policy, kv, threads)
         point |= {} if keep is None else {"keep": keep}
-        points[policy, kv, keep] = point | {"cpu": machine.name, "commit": commit()}
+        points[policy, kv, keep] = point | {"cpu": machine.name, "commit": ", ".join(commits)}
         facts = settings | machine.facts()
         output.write_text(json.dumps(facts | {"points": list(points.values())}, indent=1) + "\n")
         click.echo(
