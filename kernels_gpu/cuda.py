@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from minirt.errors import ModelError
+from minirt.errors import DeviceError
 
 from .device import STANDARD, Array, Kernel, source_of
 
@@ -21,20 +21,20 @@ class CudaDevice:
         self._cupy = cupy = _cupy()
         try:
             if cupy.cuda.runtime.getDeviceCount() == 0:
-                raise ModelError("--device gpu: no NVIDIA card was found")
+                raise DeviceError("--device gpu: no NVIDIA card was found")
             card = cupy.cuda.Device(0)
             card.use()
             properties = cupy.cuda.runtime.getDeviceProperties(0)
             self._stream = cupy.cuda.Stream(non_blocking=True)  # of its own: only there launches can be recorded
             cupy.cuda.nvrtc.getVersion()  # loads it, so that --device auto knows in time that it is missing
         except (RuntimeError, OSError) as e:  # CUDA's, or libraries that CuPy does not find
-            raise ModelError(f"--device gpu: {_meaning(e)}") from None
+            raise DeviceError(f"--device gpu: {_meaning(e)}") from None
         self.name = properties["name"].decode()
         self.capability = properties["major"], properties["minor"]
         self.multiprocessors = int(properties["multiProcessorCount"])
         self.shared_memory = int(properties.get("sharedMemPerBlockOptin", STANDARD))
         if self.capability < OLDEST:
-            raise ModelError(
+            raise DeviceError(
                 f"--device gpu: {self.name} has compute capability {'.'.join(map(str, self.capability))}, "
                 f"minirt needs {'.'.join(map(str, OLDEST))} or newer"
             )
@@ -63,19 +63,19 @@ class CudaDevice:
         return self._allocated(self._cupy.asarray, array)
 
     def _allocated(self, make: Callable[..., Array], *args: Any) -> Array:
-        """make(*args). ModelError if the card has no room, after which all that was there still is."""
+        """make(*args). DeviceError if the card has no room, after which all that was there still is."""
         self._stream.use()  # of this thread too: every pass through a model begins here, or with `refresh`
         try:
             return make(*args)
         except (RuntimeError, self._cupy.cuda.memory.OutOfMemoryError) as e:
             raise self._failure(e) from None
 
-    def _failure(self, error: Exception) -> ModelError:
+    def _failure(self, error: Exception) -> DeviceError:
         """What CUDA says, in a line, and what to do."""
         if not _is_full(error):
-            return ModelError(f"{self.name}: {_meaning(error)}")
+            return DeviceError(f"{self.name}: {_meaning(error)}")
         free, total = (n / 2**30 for n in self.memory)
-        return ModelError(
+        return DeviceError(
             f"{self.name} is out of memory ({free:.2f} of {total:.2f} GiB free): a shorter prompt or --ctx, "
             "--kv q8_0 or a --policy with a budget takes less"
         )
@@ -110,10 +110,10 @@ class CudaDevice:
         except (self._cupy.cuda.compiler.CompileException, RuntimeError, OSError) as e:  # NVRTC may be missing, too
             if _is_full(e):
                 raise self._failure(e) from None
-            capability = ".".join(map(str, self.capability))
-            raise ModelError(
-                f"--device gpu: {file} does not compile for capability {capability}: {_first_error(e)}; "
-                "--device cpu does without"
+            capability, needed = (".".join(map(str, version)) for version in (self.capability, OLDEST))
+            raise DeviceError(
+                f"{self.name}: {file} does not compile for capability {capability} ({needed} or newer should do): "
+                f"{_first_error(e)}; --device cpu does without"
             ) from None
 
         def launch(grid: tuple[int, ...], block: tuple[int, ...], *args: Any, shared: int = 0) -> None:
@@ -142,7 +142,7 @@ class CudaDevice:
                     run()
                 finally:
                     graph = self._stream.end_capture()
-        except (ModelError, RuntimeError):
+        except (DeviceError, RuntimeError):
             return None
 
         def launch(memory: Any = memory) -> None:
@@ -169,10 +169,10 @@ def _cupy() -> Any:
         import cupy
     except (ImportError, RuntimeError, OSError, AttributeError) as e:  # of another NumPy, without CUDA's libraries ...
         if getattr(e, "name", "") == "cupy":
-            raise ModelError(
+            raise DeviceError(
                 "--device gpu needs CuPy: pip install 'minirt[cuda13]', or 'minirt[cuda12]' for an older driver or card"
             ) from None
-        raise ModelError(f"--device gpu: CuPy cannot be imported: {_first_error(e)}") from None
+        raise DeviceError(f"--device gpu: CuPy cannot be imported: {_first_error(e)}") from None
     return cupy
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from minirt.checks import check_positions
 from minirt.config import ModelConfig
 from minirt.dequantize import dequantize
+from minirt.errors import DeviceError
 from minirt.gguf_file import Tensor
 from minirt.ops import KV
 from minirt.rope import Angles, Rope
@@ -142,7 +143,7 @@ class LatentOps(BaseOps):
         for shape in (*resident, *(Shape(n, tile, 0) for tile in TILES for n in counts)):
             if self._shared_bytes(kv, group, shape) <= self.device.shared_memory - STATIC:
                 return shape
-        raise ValueError(f"latents {kv.k.shape}, {kv.v.shape} do not fit the shared memory of {self.device.name}")
+        raise _too_large(self.device, kv.k)
 
     def _shared_bytes(self, kv: KV, group: int, shape: Shape) -> int:
         """Room of latent_attention.cu."""
@@ -166,12 +167,11 @@ class LatentOps(BaseOps):
     def _rebuilt_rows(self, name: str, rows: LatentRows, seq: int, n: int) -> Rows:
         f, groups = rows.factor, rows.shape[1]
         codes = self._buffer(name, (1, f.n_head_kv, n, f.head_dim), np.float16)
-        tile, shared = next(
-            (tile, shared)
-            for tile in TILES
-            if (shared := sum(map(aligned, (*tile_bytes(rows, tile), tile * turns_bytes(f)))))
-            <= self.device.shared_memory
-        )
+        sizes = {tile: sum(map(aligned, (*tile_bytes(rows, tile), tile * turns_bytes(f)))) for tile in TILES}
+        fitting = [item for item in sizes.items() if item[1] <= self.device.shared_memory]
+        if not fitting:
+            raise _too_large(self.device, rows)
+        tile, shared = fitting[0]
         self._launch(
             "rebuilding.cu", "rebuild", (-(-n // tile), groups), THREADS, *rows.arguments, *f.arguments,
             f.n_head_kv // groups, seq, n, codes, np.int64(n), shared=shared, HEAD_DIM=f.head_dim,
@@ -194,6 +194,13 @@ class LatentOps(BaseOps):
             "latent_heads.cu", "average_heads", (-(-n // 128), groups), 128, of_heads, len(of_heads) // groups, n, sums,
             np.int64(sums.strides[0] // sums.itemsize),
         )  # fmt: skip
+
+
+def _too_large(device: Any, rows: LatentRows) -> DeviceError:
+    return DeviceError(
+        f"{device.name}: latents of {rows.numbers} numbers do not fit its {device.shared_memory >> 10} KiB of shared "
+        "memory; --device cpu does without"
+    )
 
 
 def bits(kv: KV) -> dict[str, int]:

@@ -32,7 +32,11 @@ FAULTS: list[tuple[dict[str, Any], int, str]] = [
 ]
 OF_MODELS: list[tuple[dict[str, Any], int, str]] = [
     ({"free": 0, "cached": 0}, 2, "do not fit into 0.00 GiB that are free"),
-    ({"compiles": False}, 1, "does not compile for capability 9.0: products.cu(3): error: no such instruction"),
+    (
+        {"compiles": False},
+        1,
+        "does not compile for capability 9.0 (6.1 or newer should do): products.cu(3): error: no such instruction",
+    ),
     ({"room": False}, 1, "Card is out of memory"),
 ]
 LONG = 33  # tokens, more than are read to warm up
@@ -80,6 +84,21 @@ def test_a_card_that_takes_no_model(
 ) -> None:
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy(**changes))
     fails(cli, command, tiny, code, says)
+
+
+@pytest.mark.parametrize("changes", [{"compiles": False}, {"room": False}], ids=str)
+def test_the_cpu_computes_what_a_card_cannot(
+    cli: Cli, tiny: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
+) -> None:
+    """Unless the card was asked for."""
+    command = ("run", tiny, "-p", "the", "-n", 4, "--temp", 0, "--no-stats")
+    monkeypatch.setattr("minirt.devices.has_cupy", lambda: True)
+    monkeypatch.setitem(sys.modules, "cupy", fake_cupy(**changes))
+    result = cli(*command)
+    assert result.exit_code == 0, result.stderr
+    (line,) = (line for line in result.stderr.splitlines() if line.startswith("minirt: Card"))
+    assert line.endswith("; the CPU computes")
+    assert result.stdout == cli(*command, "--device", "cpu").stdout
 
 
 def test_a_card_that_nobody_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from ..errors import UsageError
+from ..errors import DeviceError, UsageError
 from ..progress import Progress
 from .terminal import argument_text, say
 
@@ -55,21 +55,34 @@ class Engine:
 
         if isinstance(self.policy, Auto):
             return self._settled(self.policy, model).load(model)
+        try:
+            return self._loaded(model, self.policy)
+        except DeviceError as e:
+            if self.device != "auto":
+                raise
+            say(f"minirt: {e}; the CPU computes")
+        return replace(self, device="cpu")._loaded(model, self.policy)
+
+    def _loaded(self, model: str | None, policy: str | Policy) -> Llama:
         with Progress("loading the model", " tensors") as progress:
             from ..llama import Llama
 
             llama = Llama.load(
                 model,
                 n_ctx=self.n_ctx,
-                policy=self.policy,
+                policy=policy,
                 kv=self.kv,
                 device=self.device,
                 threads=self.threads,
                 chat_template=self.chat_template,
                 progress=progress,
             )
-        with Progress("compiling kernels"):
-            llama.warm_up()
+        try:
+            with Progress("compiling kernels"):
+                llama.warm_up()
+        except BaseException:
+            llama.close()
+            raise
         if llama.n_ctx > llama.config.n_ctx_train:
             trained = llama.config.n_ctx_train
             say(f"minirt: --ctx {llama.n_ctx} is more than the {trained} tokens the model was trained for")
