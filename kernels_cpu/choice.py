@@ -187,18 +187,16 @@ def _keep_heavy(rows, weights, stop, local, least, seen, counts):  # type: ignor
     if stop <= k:
         counts[0] = stop
         return
-    shares, own = np.zeros(k, np.float32), np.empty(k, np.float32)
+    of_group, own, kept = np.zeros(k, np.float32), np.empty(k, np.float32), 0
     for g in range(group):
-        total = _temper(weights[g], seen[g], own)
-        factor = np.float32(1.0) / total if total > 0 else np.float32(0.0)
         for i in range(k):
-            shares[i] += own[i] * factor
-    bound, kept = least * np.float32(group), 0
+            of_group[i] += weights[g, i]
+    bound = least * _temper(of_group, seen, own)
     for i in range(k):
         rows[kept] = rows[i]
         for g in range(group):
             weights[g, kept] = weights[g, i]
-        kept += shares[i] >= bound or rows[i] >= stop - local
+        kept += own[i] >= bound or rows[i] >= stop - local
     counts[0] = kept
     counts[1] += kept
     counts[2] += 1

@@ -224,7 +224,7 @@ def approximate_top_k(  # type: ignore[no-untyped-def]
     group, r = q.shape[1] // n_head_kv, min(r, d)
     offsets, factors = np.empty((n_seq * n_head_kv, d), np.int64), np.empty((n_seq * n_head_kv, d, group), np.float32)
     few = np.zeros((n_seq, q.shape[1], 16 * len(vectors)), np.float32)
-    chosen, seen = (unowned(offsets), unowned(factors)), np.empty((n_seq * n_head_kv, group), np.float32)
+    chosen, seen = (unowned(offsets), unowned(factors)), np.empty(n_seq * n_head_kv, np.float32)
     choice = (unowned(q), r, max(1, codes.strides[3]), *chosen, unowned(seen), unowned(few))
     share(crew, n_seq * n_head_kv, _choose, choice)
     if rotated:

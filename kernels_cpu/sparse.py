@@ -116,6 +116,7 @@ def choose_components(q, r, run_bytes, offsets, factors, seen, task):  # type: i
     heads, (_, d, group) = len(factors) // len(q), factors.shape
     b, first = task // heads, task % heads * group
     sums, keys, chosen = np.zeros(d, np.float32), np.empty(d + 16, np.int32), np.empty(d, np.int32)
+    of_few, of_every = np.float32(0.0), np.float32(0.0)
     for j in range(d):
         chosen[j] = j
     for g in range(group):
@@ -131,10 +132,11 @@ def choose_components(q, r, run_bytes, offsets, factors, seen, task):  # type: i
             every += abs(q[b, first + g, j])
         for i in range(r):
             few += abs(q[b, first + g, chosen[i]])
-        seen[task, g] = few / max(every, np.float32(1e-30))
-        tau = np.sqrt(np.float32(d) * seen[task, g])
+        of_few, of_every = of_few + few, of_every + every
+        tau = np.sqrt(np.float32(d) * (few / max(every, np.float32(1e-30))))
         for i in range(r):
             factors[task, i, g] = q[b, first + g, chosen[i]] / tau if tau > 0 else np.float32(0.0)
+    seen[task] = of_few / max(of_every, np.float32(1e-30))
 
 
 @kernel
@@ -188,7 +190,7 @@ def approximate_top_k(  # type: ignore[no-untyped-def]
     n_seq, n_head_kv, _, d, _ = index.shape
     group, r = q.shape[1] // n_head_kv, min(r, d)
     offsets, factors = np.empty((n_seq * n_head_kv, d), np.int64), np.empty((n_seq * n_head_kv, d, group), np.float32)
-    chosen, seen = (unowned(offsets), unowned(factors)), np.empty((n_seq * n_head_kv, group), np.float32)
+    chosen, seen = (unowned(offsets), unowned(factors)), np.empty(n_seq * n_head_kv, np.float32)
     share(crew, n_seq * n_head_kv, choose_components, (unowned(q), r, index.strides[3], *chosen, unowned(seen)))
     tokens, most = part_tokens(stop, n_head_kv)
     tiles, unfinished = tiles_of_heads(stop, n_head_kv, group), parts_of_heads(stop, tokens, n_head_kv)
@@ -230,7 +232,7 @@ def exact_top_k(crew, q, k, stop, scale, vectors, heads, logits, ranks, rows, we
     tokens, most = part_tokens(stop, n_head_kv)
     tiles, unfinished = tiles_of_heads(stop, n_head_kv, group), parts_of_heads(stop, tokens, n_head_kv)
     of_tiles = (unowned(tiles[0]), unowned(tiles[1]), unowned(ranks), OF_PROBABILITIES)
-    seen = np.empty((0, 0), np.float32)
+    seen = np.empty(0, np.float32)
     no_counts = np.float32(0.0), unowned(counts), unowned(seen)
     of_choice = (unowned(unfinished), 0, unowned(rows), unowned(weights), *no_counts)
     queries = queries_for(k, q)

@@ -40,7 +40,7 @@ struct Choice {
     float* weights;  // [GROUP, k]: its probabilities
     int* counts;     // [3]: how many stay; the sum of that over the calls that chose, and their number. Null: all stay
     int positions, k, local;
-    float least;     // share of the k, on average over the heads, of those that stay beside the last `local`
+    float least;     // share of the k of those that stay beside the last `local`
 
     DEVICE Choice of(int kv_head) const {
         const i64 at = i64(kv_head) * positions;
@@ -240,7 +240,7 @@ DEVICE void mark_best(const Choice& c, int n, int m, u32* marks, Chooser& s) {
         if (token_at(i) < n && key(i) >= least) mark(marks, token_at(i));
 }
 
-// A weight to the power of the share of a query that was seen, in quarters.
+// A weight to the power of the share of the queries that was seen, in quarters.
 DEVICE float temper(float weight, float seen) {
     const float quarters = floorf(4.0f * seen + 0.5f), half = sqrtf(weight);
     return quarters >= 4.0f ? weight : quarters == 3.0f ? half * sqrtf(half) : quarters == 2.0f ? half : sqrtf(half);
@@ -248,30 +248,28 @@ DEVICE float temper(float weight, float seen) {
 
 // Of the k rows of a text of n > k tokens those that stay become the first, in order, and are counted. A thread knows all
 // of a row before others come to stand in its place.
-DEVICE void keep_heavy(const Choice& c, int n, Chooser& s, const float* seen) {
-    float sum[GROUP];
+DEVICE void keep_heavy(const Choice& c, int n, Chooser& s, float seen) {
+    const auto own = [&](int i) {
+        float total = 0.0f;
 #pragma unroll
-    for (int g = 0; g < GROUP; g++) {
-        sum[g] = 0.0f;
-        for (int i = threadIdx.x; i < c.k; i += THREADS) sum[g] += temper(c.weights[i64(g) * c.k + i], seen[g]);
-    }
+        for (int g = 0; g < GROUP; g++) total += c.weights[i64(g) * c.k + i];
+        return temper(total, seen);
+    };
+    float sum = 0.0f;
+    for (int i = threadIdx.x; i < c.k; i += THREADS) sum += own(i);
+    sum = sum_over(sum);
     __syncthreads();
-    join_threads(sum, s, [](float a, float b) { return a + b; });
-    if (threadIdx.x < GROUP) {
-        const float total = s.part[threadIdx.x][0];
-        s.scale[threadIdx.x] = total > 0.0f ? 1.0f / total : 0.0f;
-    }
+    if (lane_id() == 0) s.part[0][threadIdx.x / WARP] = sum;
     __syncthreads();
+    float total = 0.0f;
+    for (int warp = 0; warp < WARPS; warp++) total += s.part[0][warp];
     int kept = 0;
     for (int first = 0; first < c.k; first += THREADS) {
         const int i = first + threadIdx.x, row = i < c.k ? c.rows[i] : -1;
-        float weight[GROUP], total = 0.0f;
+        float weight[GROUP];
 #pragma unroll
-        for (int g = 0; g < GROUP; g++) {
-            weight[g] = i < c.k ? c.weights[i64(g) * c.k + i] : 0.0f;
-            total += temper(weight[g], seen[g]) * s.scale[g];
-        }
-        const bool stays = i < c.k && (total >= c.least * GROUP || row >= n - c.local);
+        for (int g = 0; g < GROUP; g++) weight[g] = i < c.k ? c.weights[i64(g) * c.k + i] : 0.0f;
+        const bool stays = i < c.k && (own(i) >= c.least * total || row >= n - c.local);
         const int at = kept + sum_before(stays, s.tally.warps);
         if (stays) {
             c.rows[at] = row;
@@ -283,9 +281,9 @@ DEVICE void keep_heavy(const Choice& c, int n, Chooser& s, const float* seen) {
     if (threadIdx.x == 0) c.counts[0] = kept, c.counts[1] += kept, c.counts[2]++;
 }
 
-// Chooses k of the first n tokens, if all blocks that had some of them have come here. All threads of a block call. seen
-// [GROUP]: in shared memory, wanted if there are counts.
-DEVICE void choose(const Choice& c, int n, int blocks, int* done, Chooser& s, const float* seen = nullptr) {
+// Chooses k of the first n tokens, if all blocks that had some of them have come here. All threads of a block call. seen:
+// see choose_components, wanted if there are counts.
+DEVICE void choose(const Choice& c, int n, int blocks, int* done, Chooser& s, float seen = 1.0f) {
     extern __shared__ u32 marks[];
     if (!is_last(done, blocks)) return;
     find_softmax(c, n, s);

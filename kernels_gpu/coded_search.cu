@@ -99,14 +99,13 @@ KERNEL __launch_bounds__(THREADS, 2) approximate_top_k(
         } now;
         Chooser later;
     } shared;
-    __shared__ float seen[GROUP];
     static_assert(UNIT == THREADS);
     const int n = stop[blockIdx.z], units = blocks > 0 ? n / UNIT : 0, whole = (units + WARPS - 1) / WARPS;
     const int tiles = whole + (n - units * UNIT + THREADS - 1) / THREADS, parts = min(int(gridDim.x), tiles);
     if (int(blockIdx.x) >= parts) return;
     const Choice c = CHOSEN;
     Components& few = shared.now.few;
-    choose_components(q + i64(kv_head_id()) * GROUP * D, r, few, seen);
+    const float seen = choose_components(q + i64(kv_head_id()) * GROUP * D, r, few);
     int tile = blockIdx.x;
     for (; tile < whole; tile += parts) {
         const int unit = tile * WARPS + threadIdx.x / WARP, per_block = tokens / UNIT;

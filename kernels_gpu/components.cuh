@@ -10,12 +10,13 @@ struct Components {
     float q[GROUP][D];
     __align__(16) u32 order[MOST];
     int chosen[MOST];            // the r components of largest sum |q|, of equal ones the first; then 0
-    float factor[MOST][GROUP];  // what the queries have there, over tau; then 0
+    float factor[MOST][GROUP];       // what the queries have there, over tau; then 0
+    float few[GROUP], every[GROUP];  // sums of |q| there, and of all
 };
 
-// For queries q [GROUP, D]; seen [GROUP]: the share of |q| that is chosen. All threads of a block of whole warps call; ends
-// with a barrier.
-DEVICE void choose_components(const float* q, int r, Components& c, float* seen) {
+// For queries q [GROUP, D]; returns the share of |q| that is chosen. All threads of a block of whole warps call; ends with
+// a barrier.
+DEVICE float choose_components(const float* q, int r, Components& c) {
     for (int i = threadIdx.x; i < GROUP * D; i += blockDim.x) c.q[i / D][i % D] = q[i];
     __syncthreads();
     for (int j = threadIdx.x; j < MOST; j += blockDim.x) {
@@ -44,10 +45,13 @@ DEVICE void choose_components(const float* q, int r, Components& c, float* seen)
         for (int j = lane_id(); j < D; j += WARP) every += fabsf(c.q[g][j]);
         for (int i = lane_id(); i < r; i += WARP) few += fabsf(c.q[g][c.chosen[i]]);
         every = sum_over(every), few = sum_over(few);
-        const float share = few / (every < 1e-30f ? 1e-30f : every), tau = sqrtf(float(D) * share);
-        if (lane_id() == 0) seen[g] = share;
+        if (lane_id() == 0) c.few[g] = few, c.every[g] = every;
+        const float tau = sqrtf(float(D) * (few / (every < 1e-30f ? 1e-30f : every)));
         for (int i = lane_id(); i < MOST; i += WARP)
             c.factor[i][g] = i < r && tau > 0.0f ? c.q[g][c.chosen[i]] / tau : 0.0f;
     }
     __syncthreads();
+    float few = 0.0f, every = 0.0f;
+    for (int g = 0; g < GROUP; g++) few += c.few[g], every += c.every[g];
+    return few / (every < 1e-30f ? 1e-30f : every);
 }

@@ -85,11 +85,10 @@ KERNEL __launch_bounds__(THREADS, BLOCKS) approximate_top_k(
         Components now;
         Chooser later;
     } shared;
-    __shared__ float seen[GROUP];
     const int n = stop[blockIdx.z], tiles = (n + TILE - 1) / TILE, parts = min(int(gridDim.x), tiles);
     if (int(blockIdx.x) >= parts) return;
     const Choice c = CHOSEN;
-    choose_components(q + i64(kv_head_id()) * GROUP * D, r, shared.now, seen);
+    const float seen = choose_components(q + i64(kv_head_id()) * GROUP * D, r, shared.now);
     for (int tile = blockIdx.x; tile < tiles; tile += parts) {
         const int first = tile * TILE + threadIdx.x / WARP * SCORED;
         const i64 run = (i64(kv_head_id()) * blocks + first / tokens) * D * tokens + first % tokens;

@@ -301,8 +301,8 @@ class Ops(Protocol):
         [B, H_q, k] are the probabilities there. NaN in logits counts as -inf.
 
         With counts int32 [B, H_kv, 3], if stop[b] > k, only the last `local` >= 1 of these k stay, and those whose
-        share of the k is at least `least`, on average over the group. A share is of weights to the power of
-        |q_r|_1 / |q|_1, rounded to 1, 2, 3 or 4 quarters: the less of a query was seen, the less do weights differ.
+        share of the k is at least `least`. A share is of weights, summed over the group, to the power of
+        |q_r|_1 / |q|_1 of the group, rounded to 1, 2, 3 or 4 quarters: the less was seen, the less do weights differ.
         What stays moves to the front of its row, in order, and so do its weights; what follows has no meaning.
         counts[b, h] becomes how many stay; then, of all calls with stop[b] > k, the sum of that, and how many they are.
         Where stop[b] = 0 nothing changes.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from test_ops import TRUTH, assert_close, normal, rounding
 from test_policies import OPS, Run, cut, distance, random_qkv
-from test_sparse_ops import assert_best, int32, seen
+from test_sparse_ops import assert_best, int32, shares_seen
 
 from kernels_cpu import CpuOps
 from minirt.ops import CODED_BLOCK, CODED_UNIT, KV, CodedIndex
@@ -165,7 +165,7 @@ def test_heavy_rows(ops: Any) -> None:
     for b, n in enumerate(stop.tolist()):
         for h in range(2):
             heads = slice(3 * h, 3 * h + 3)
-            m = keep_heavy(every[0][b, h], every[1][b, heads], n, 5, 0.003, seen(q[b], 2, 16)[h])
+            m = keep_heavy(every[0][b, h], every[1][b, heads], n, 5, 0.003, shares_seen(q[b], 2, 16)[h])
             assert counts[b, h].tolist() == ([m, m, 1] if n > 150 else [n, 0, 0])
             assert 5 < m < 150
             assert np.array_equal(rows[b, h, :m], every[0][b, h, :m])

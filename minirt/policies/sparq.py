@@ -8,8 +8,8 @@ A decode step (algorithm 1), for a KV head and its query heads:
 The prompt is attended densely, and so are texts of up to k tokens: nothing could be saved.
 
 With k = auto a head reads as many as it has use for: of the `most` tokens of largest s the newest, and those whose s^b
-is at least eps times the average of these `most`, on average over the heads that share keys. The exponent b is the
-share |q_r|_1 / |q|_1 of the query that s was made of: what few components tell of a token is half noise, and without it
+is at least eps times the average of these `most`, s summed over the heads that share keys. The exponent b is the share
+|q_r|_1 / |q|_1 of their queries that s was made of: what few components tell of a token is half noise, and without it
 heads that only seem to need few rows would lose those they need. To cover a share 1 - eps of the weight in each head
 does worse at equal bytes: most rows go to heads that are so flat that any of them stand for the rest
 (tools/results/adaptive_k.json). Texts of up to `most` tokens are attended densely: so much may be read anyway, and in

@@ -63,7 +63,8 @@ class SparseOps:
                 logits = np.divide(few, tau, out=np.zeros_like(few), where=tau > 0) @ keys[h][:, chosen].T
                 _choose(logits, local, sum_logits, rows[b, h], weights[b, heads])
                 if counts is not None and n:
-                    kept = keep_heavy(rows[b, h], weights[b, heads], int(n), local, least, share)
+                    seen = np.abs(few).sum() / np.maximum(np.abs(q[b, heads]).sum(), np.float32(1e-30))
+                    kept = keep_heavy(rows[b, h], weights[b, heads], int(n), local, least, seen)
                     counts[b, h, 0] = kept
                     counts[b, h, 1:] += (kept, 1) if n > k else (0, 0)
         return rows, weights
@@ -140,24 +141,19 @@ def _choose(logits: np.ndarray, local: int, sum_logits: bool, rows: np.ndarray, 
     weights[:, :n] = p[:, rows[:n]]
 
 
-def tempered_shares(weights: np.ndarray, seen: np.ndarray) -> np.ndarray:
-    """Of weights [g, k], to the power of seen [g], rounded to quarters (which square roots can do), the share of each
-    among the k."""
+def tempered(weights: np.ndarray, seen: np.float32) -> np.ndarray:
+    """Weights [k] to the power of `seen`, rounded to quarters, which square roots can do."""
     half = np.sqrt(weights)
-    quarter = np.sqrt(half)
-    powers = np.stack([quarter, half, half * quarter, weights])
-    which = np.clip(np.floor(4 * seen + np.float32(0.5)).astype(int), 1, 4) - 1
-    powers = powers[which, np.arange(len(weights))]
-    total = powers.sum(axis=1, keepdims=True)
-    return np.divide(powers, total, out=np.zeros_like(powers), where=total > 0)
+    powers = np.sqrt(half), half, half * np.sqrt(half), weights
+    return powers[int(np.clip(np.floor(4 * seen + np.float32(0.5)), 1, 4)) - 1]
 
 
-def keep_heavy(rows: np.ndarray, weights: np.ndarray, stop: int, local: int, least: float, seen: np.ndarray) -> int:
+def keep_heavy(rows: np.ndarray, weights: np.ndarray, stop: int, local: int, least: float, seen: np.float32) -> int:
     """Of rows [k] of a text of `stop` tokens, the newest and those that weigh enough become the first; how many."""
     if stop <= len(rows):
         return stop
-    shares = tempered_shares(weights, seen).sum(axis=0)
-    kept = (shares >= np.float32(least) * np.float32(len(weights))) | (rows >= stop - local)
+    own = tempered(weights.sum(axis=0), seen)
+    kept = (own >= np.float32(least) * own.sum()) | (rows >= stop - local)
     m = int(kept.sum())
     rows[:m], weights[:, :m] = rows[kept], weights[:, kept]
     return m
