@@ -7,6 +7,7 @@ using u8 = unsigned char;
 using u16 = unsigned short;
 using u32 = unsigned int;
 using i64 = long long;
+using u64 = unsigned long long;
 
 constexpr int WARP = 32;
 constexpr u32 ALL = 0xffffffffu;

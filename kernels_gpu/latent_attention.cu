@@ -163,8 +163,8 @@ DEVICE void add_values(const Room& room) {
 #pragma unroll
             for (int k = 0; k < TILE; k += 16) {
                 u32 a[4], b[4];
-                load_matrices<false>(room.weights + 16 * tile * WEIGHTS_PITCH + k, WEIGHTS_PITCH, a);
-                load_matrices<true>(room.v.halves + k * room.v.pitch() + column, room.v.pitch(), b);
+                load_square<false>(room.weights + 16 * tile * WEIGHTS_PITCH + k, WEIGHTS_PITCH, a);
+                load_square<true>(room.v.halves + k * room.v.pitch() + column, room.v.pitch(), b);
                 multiply_tiles(x[0], a, {b[0], b[1]});
                 multiply_tiles(x[1], a, {b[2], b[3]});
             }

@@ -1,7 +1,7 @@
 // Rows of latents, which stand for keys and values (Palu, arXiv 2407.21118): written, and read into tiles of halves.
 // See latent_rows.py.
 #pragma once
-#include "common.cuh"
+#include "instructions.cuh"
 
 constexpr int UNIT = 32;  // numbers of a block
 constexpr float BEYOND_HALF = 65520.0f;  // this and larger numbers become infinite as halves
@@ -71,52 +71,15 @@ DEVICE void write_latent(const Latents& rows, i64 row, const float* x, float (&s
     if (KEYS && threadIdx.x == 0) side[WORDS<BITS, KEYS> - 1] = u32(int(x[rows.rank]));
 }
 
-// -- copies that go on while other things are done --------------------------------------------------------------------
-
-template <class T>
-DEVICE void copy_ahead(T* to, const T* from) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    const u32 at = u32(__cvta_generic_to_shared(to));
-    if constexpr (sizeof(T) == 16)
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at), "l"(from) : "memory");
-    else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(at), "l"(from) : "memory");
-#else
-    *to = *from;
-#endif
-}
-
-// Ends a set of copies of this thread.
-DEVICE void end_copies() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
-
-// Waits for all sets of copies of this thread but the last `but`.
-template <int BUT>
-DEVICE void await_copies() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group %0;" ::"n"(BUT) : "memory");
-#endif
-}
-
 // -- tiles ------------------------------------------------------------------------------------------------------------
 
 // Four codes, a byte each, as halves scale code + least; both of these twice in a word.
 DEVICE uint2 halves_of(u32 codes, u32 scale, u32 least) {
-#if defined(__CUDA_ARCH__)
+    // 0x6400 | code is the half 1024 + code.
     const auto two = [&](u32 selector) {
-        // 0x6400 | code is the half 1024 + code.
-        u32 x = __byte_perm(codes, 0x64646464u, selector);
-        asm("sub.f16x2 %0, %0, %1;" : "+r"(x) : "r"(0x64006400u));
-        asm("fma.rn.f16x2 %0, %0, %1, %2;" : "+r"(x) : "r"(scale), "r"(least));
-        return x;
+        return times_plus(minus(__byte_perm(codes, 0x64646464u, selector), 0x64006400u), scale, least);
     };
     return make_uint2(two(0x4140), two(0x4342));
-#else
-    const auto number = [&](int i) { return low_half(scale) * float(codes >> 8 * i & 255) + low_half(least); };
-    return make_uint2(two_halves(number(0), number(1)), two_halves(number(2), number(3)));
-#endif
 }
 
 // Bits 0 ... 3, each in a byte, as 4.

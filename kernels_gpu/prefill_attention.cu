@@ -3,6 +3,7 @@
 // A block of 4 warps has 64 rows, a warp 16 of them: scores, weights and sums stay in its registers, as in
 // FlashAttention-2 (arXiv 2307.08691); keys and values pass through shared memory.
 #include "chunk.cuh"
+#include "instructions.cuh"
 #include "mma.cuh"
 
 constexpr int WARPS = 4, THREADS = WARPS * WARP, ROWS = 16 * WARPS;
@@ -31,28 +32,21 @@ DEVICE void ask(const Rows& rows, i64 first, int begin, int end, u16* to) {
         if (KEYS * (D / 8) % THREADS && row >= KEYS) break;
         u16* at = to + row * PITCH + 8 * chunk;
         const i64 from = first + min(begin + row, end - 1);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
         if constexpr (STORE == F16) {
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(u32(__cvta_generic_to_shared(at))),
-                         "l"(rows.codes + from * ROW_BYTES<STORE, D> + 16 * chunk), "r"(begin + row < end ? 16 : 0)
-                         : "memory");
+            const u8* its = rows.codes + from * ROW_BYTES<STORE, D> + 16 * chunk;
+            copy_ahead(reinterpret_cast<uint4*>(at), reinterpret_cast<const uint4*>(its), begin + row < end);
             continue;
         }
-#endif
         uint4 x = make_uint4(0, 0, 0, 0);
         if (begin + row < end) x = as_halves(fetch<STORE, D>(rows, from, chunk));
         *reinterpret_cast<uint4*>(at) = x;
     }
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
+    end_copies();
 }
 
 // Waits, with all threads of the block, for all that was asked for but the last.
 DEVICE void arrived() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
-#endif
+    await_copies<1>();
     __syncthreads();
 }
 
@@ -61,27 +55,8 @@ DEVICE void arrived() {
 template <bool VALUES>
 DEVICE void load_tiles(const u16* rows, u32 (&b)[4]) {
     const int lane = lane_id(), own = lane / 8;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
     const int row = lane % 8 + 8 * (VALUES ? own % 2 : own / 2), column = 8 * (VALUES ? own / 2 : own % 2);
-    const u32 at = u32(__cvta_generic_to_shared(rows + row * PITCH + column));
-    if constexpr (VALUES)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at) : "memory");
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3]) : "r"(at) : "memory");
-#else
-    const int g = lane / 4, t = lane % 4;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        if constexpr (VALUES) {
-            const u16* from = rows + (8 * (i % 2) + 2 * t) * PITCH + 8 * (i / 2) + g;
-            b[i] = u32(from[0]) | u32(from[PITCH]) << 16;
-        } else {
-            b[i] = *reinterpret_cast<const u32*>(rows + (8 * (i / 2) + g) * PITCH + 8 * (i % 2) + 2 * t);
-        }
-    }
-#endif
+    load_matrices<VALUES>(rows + row * PITCH + column, b);
 }
 
 // The 16 rows of a warp, of which a lane has `first` and first + 8.

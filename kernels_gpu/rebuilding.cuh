@@ -64,28 +64,11 @@ DEVICE void find_turns(const Keys& tile, const Factor& f, int slots, int n, floa
     }
 }
 
-// Four 8 x 8 parts of 16 x 16 halves in shared memory: an a of multiply_tiles, or, TURNED, two b of it after each
-// other, whose rows are rows here.
+// 16 x 16 halves in shared memory: an a of multiply_tiles, or, TURNED, two b of it after each other, whose rows are rows
+// here.
 template <bool TURNED>
-DEVICE void load_matrices(const u16* from, int pitch, u32 (&x)[4]) {
-    const int lane = lane_id();
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 750
-    const u32 at = u32(__cvta_generic_to_shared(from + lane % 16 * pitch + lane / 16 * 8));
-    if constexpr (TURNED)
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(at) : "memory");
-    else
-        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                     : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3]) : "r"(at) : "memory");
-#else
-    const int g = lane / 4, t = lane % 4;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const u16* part = from + 8 * (i % 2) * pitch + 8 * (i / 2);
-        if constexpr (TURNED) x[i] = u32(part[2 * t * pitch + g]) | u32(part[(2 * t + 1) * pitch + g]) << 16;
-        else x[i] = *reinterpret_cast<const u32*>(part + g * pitch + 2 * t);
-    }
-#endif
+DEVICE void load_square(const u16* from, int pitch, u32 (&x)[4]) {
+    load_matrices<TURNED>(from + lane_id() % 16 * pitch + lane_id() / 16 * 8, x);
 }
 
 // A warp's numbers: 16 M rows of a tile, 8 N columns of a head. A lane has rows g + 8 i, i < 2 M.
@@ -105,8 +88,8 @@ struct Rebuilt {
             u32 a[M][2][4];
 #pragma unroll
             for (int m = 0; m < M; m++) {
-                load_matrices<false>(latents + 16 * m * pitch + UNIT * block, pitch, a[m][0]);
-                load_matrices<false>(latents + 16 * m * pitch + UNIT * block + 16, pitch, a[m][1]);
+                load_square<false>(latents + 16 * m * pitch + UNIT * block, pitch, a[m][0]);
+                load_square<false>(latents + 16 * m * pitch + UNIT * block + 16, pitch, a[m][1]);
             }
             uint4 b[N];
 #pragma unroll

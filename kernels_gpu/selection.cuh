@@ -6,7 +6,6 @@
 #pragma once
 #include "common.cuh"
 
-using u64 = unsigned long long;
 
 constexpr int KEY_BITS = 64, DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS;
 constexpr int ALL_DIGITS = (KEY_BITS + DIGIT_BITS - 1) / DIGIT_BITS;

@@ -7,6 +7,7 @@
 // halves: a key's scale multiplies sums of its block's products; a value's its codes, which rounds them to halves.
 #pragma once
 #include "cached.cuh"
+#include "instructions.cuh"
 #include "mma.cuh"
 
 constexpr int WARPS = 4, THREADS = WARPS * WARP;
@@ -23,24 +24,6 @@ constexpr float LIFT = 10.0f;  // weights reach to 2^10: small ones are farther 
 template <int STORE>
 DEVICE constexpr int place(int pair, int half) {
     return STORE == Q4_0 ? pair + 4 * half : 2 * pair + half;
-}
-
-DEVICE u32 minus(u32 a, u32 b) {
-#ifdef __CUDA_ARCH__
-    asm("sub.f16x2 %0, %1, %2;" : "=r"(a) : "r"(a), "r"(b));
-    return a;
-#else
-    return two_halves(low_half(a) - low_half(b), high_half(a) - high_half(b));
-#endif
-}
-
-DEVICE u32 times(u32 a, u32 b) {
-#ifdef __CUDA_ARCH__
-    asm("mul.f16x2 %0, %1, %2;" : "=r"(a) : "r"(a), "r"(b));
-    return a;
-#else
-    return two_halves(low_half(a) * low_half(b), high_half(a) * high_half(b));
-#endif
 }
 
 // Eight numbers, or codes without their scale, as pairs of halves. 0x6400 + i is 1024 + i.

@@ -46,6 +46,24 @@ def test_barriers_order_shared_memory(bench: Bench) -> None:
     assert np.array_equal(bench.result(body, 200, block=(200,)), np.arange(200)[::-1])
 
 
+def test_copies_are_there_when_they_were_waited_for(bench: Bench) -> None:
+    """And may be before; two sets, of which one is waited for, or both."""
+    body = """__shared__ int s[32], z[32]; a[t] = t; s[t] = z[t] = -1;
+    cuda_host::copy_ahead(s + t, a + t, 4); cuda_host::end_copies();
+    cuda_host::copy_ahead(z + t, nullptr, 4); cuda_host::end_copies();
+    cuda_host::await_copies(BUT); __syncthreads();
+    a[t] = s[n - 1 - t] + 100 * z[t];"""
+    assert np.array_equal(bench.result(body.replace("BUT", "0"), 32), np.arange(32)[::-1])
+    for but, stale in ((1, False), (2, True)):
+        function, found = bench(body.replace("BUT", str(but))), []
+        for bench.device.seed in SEEDS:
+            a = bench.ints(32)
+            function((1,), (32,), (a,))
+            found += a.get().tolist()
+        assert min(found) == -100 - stale  # zeros that have not come, and numbers that have not
+        assert max(found) == 31
+
+
 def test_dynamic_shared_memory(bench: Bench) -> None:
     function = bench(
         """extern __shared__ __align__(16) char room[];

@@ -76,6 +76,7 @@ def test_copies_of_the_model_are_a_way_of_their_own(quality: tables.Quality) -> 
 
 def test_a_policy_by_its_shares() -> None:
     assert shares("sparq:r=d/4:k=S/16:k_index=q4", 4096, 128) == (("sparq", "k_index=q4"), {"r": 1 / 4, "k": 1 / 16})
+    assert shares("sparq:r=16:k=64:k_index=none", 2048, 64) == shares("sparq:r=16:k=64", 2048, 64)
     assert shares("sparq:r=16:k=auto", 4096, 128) == (("sparq", "k=auto"), {"r": 1 / 8})
     assert shares("tova:budget=512", 4096, 128) == shares("tova:budget=1/8", 2048, 64) == (("tova",), {"budget": 1 / 8})
 
@@ -112,6 +113,18 @@ def test_a_model_beside_its_paper(tmp_path: Path, quality: tables.Quality) -> No
     )
     assert table.splitlines()[-1] == f"{before} 500 / 250 |{after}"
     assert tables.models(rows, quality, "m", SPARQ, {4096: 1.2}, short=True).splitlines()[-1] == before + after
+
+
+def test_what_papers_say_besides(tmp_path: Path) -> None:
+    """A line through times that lie on one; a cell of the paper's setting, or none."""
+    models = [row | {"full_ms": 100 + row["depth"] / 32} for s in (4096, 8192) for row in whole_model(s, SPARQ)]
+    alone = {"benchmark": "attention", "model": tables.MHA, "kv": "f16", "batch": 1, "depth": 16384}
+    alone |= {"memory_bytes_per_second": 40e9}
+    dense, own = (alone | {"policy": policy} for policy in ("dense", tables.SPARSE))
+    text = tables.others(rows_of(tmp_path, *models, dense, own | {"speed_up": 7.0, "ratio_of_bytes": 7.5}))
+    assert "| dense, the same, 32 layers | - | 3.12e-05 S + 0.1 |" in text
+    assert "IPU with remote memory | 7.41x | 7.00x of 7.50x (93 %) |" in text
+    assert "IPU with remote memory | 7.41x | - |" in tables.others(rows_of(tmp_path, *models))
 
 
 def test_a_table_takes_the_times_of_one_cell(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from .elf import TLS, Elf
 
 HERE = Path(__file__).parent
-RUNTIME = ("fibers.cpp", "meetings.cpp", "memory.cpp", "undefined.cpp")
+RUNTIME = ("copies.cpp", "fibers.cpp", "meetings.cpp", "memory.cpp", "undefined.cpp")
 DYNAMIC = "cuda_host_dynamic_shared"
 DYNAMIC_BYTES = 227 << 10  # what a block may have on Hopper
 GAP = "\t.zero\t64"

@@ -1,5 +1,5 @@
 // CUDA C++ as C++17 for g++ and clang++: included before a kernel's source, which then runs on the CPU.
-// Not here: what sources guard with __CUDA_ARCH__ (inline PTX), cooperative groups, textures, dynamic parallelism.
+// CUDA_HOST is defined. Not here: what sources guard with __CUDA_ARCH__ (inline PTX), cooperative groups, textures, dynamic parallelism.
 #pragma once
 #include <cfloat>
 #include <climits>
@@ -10,6 +10,8 @@
 #include <math.h>
 
 #include "runtime.h"
+
+#define CUDA_HOST 1
 
 // build.py finds kernels by just these attributes.
 #define __global__ __attribute__((__used__, noinline))

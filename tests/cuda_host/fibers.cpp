@@ -62,6 +62,8 @@ void run_block() {
         t.index = {i % m.launch.block.x, i / m.launch.block.x % m.launch.block.y,
                    i / (m.launch.block.x * m.launch.block.y)};
         t.fenced = t.unpublished = false;
+        t.copies.clear();
+        t.sets = 0;
         std::memset(t.seen, 0, sizeof t.seen);
         m.warps[i / WARP].alive |= 1u << i % WARP;
         make_ready(t);

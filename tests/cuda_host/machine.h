@@ -28,6 +28,13 @@ struct Launch {
     uint64_t error_bytes;
 };
 
+struct Copy {  // to shared memory, that waits; from nowhere: zeros
+    void* to;
+    const void* from;
+    size_t bytes;
+    unsigned set;  // of its thread's
+};
+
 enum class Waits : uint8_t { nothing, barrier, warp, forever };  // forever: it has exited
 enum class Meeting : uint8_t { sync, shuffle, ballot };
 
@@ -45,6 +52,8 @@ struct Thread {
     uint32_t seen[WARP];  // per lane of its warp: accesses up to this time are ordered before what it does now
     bool fenced, unpublished;  // has called __threadfence; has written to global memory since
     unsigned polls;            // atomic and volatile accesses since it last waited
+    std::vector<Copy> copies;
+    unsigned sets;  // of copies that it has ended
 };
 
 struct Warp {  // its lanes that have not exited, and of those the ones that wait in an operation of the warp

@@ -29,6 +29,11 @@ uint64_t shuffle(unsigned mask, uint64_t value, unsigned source_lane, Place);
 unsigned ballot(unsigned mask, bool predicate, Place);
 unsigned live_lanes();
 
+// Of cp.async: from null, zeros are copied.
+void copy_ahead(void* to, const void* from, size_t bytes);
+void end_copies();
+void await_copies(unsigned but);
+
 void fence();                             // __threadfence
 void atomic_access(void*, size_t bytes);  // checks an atomic operation
 void let_others();                        // lets others run now and then, so that a thread may poll
