@@ -20,7 +20,7 @@ import numpy as np
 KINDS = {"u8": 0, "i8": 1, "u16": 2, "i16": 3, "u32": 4, "i32": 5, "f32": 6, "bool": 7, "str": 8, "u64": 10, "i64": 11,
          "f64": 12}  # fmt: skip
 FORMATS = dict(zip(KINDS, ["B", "b", "H", "h", "I", "i", "f", "B", "", "Q", "q", "d"], strict=True))
-F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8
+F32, F16, Q4_0, Q8_0, I32 = 0, 1, 2, 8, 26
 
 
 @dataclass

@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
+from make_gguf import F16, F32, I32, Entry, Gguf, key_entry
 
 from minirt.dequantize import dequantize
-from minirt.gguf_file import GGUFFile
+from minirt.gguf_file import GGUFFile, raw_keys
 
 KINDS = {
-    "palu.version": gguf.GGUFValueType.UINT32, "palu.group_size": gguf.GGUFValueType.UINT32,
-    "palu.k_rank": gguf.GGUFValueType.ARRAY, "palu.v_rank": gguf.GGUFValueType.ARRAY,
-    "palu.latent": gguf.GGUFValueType.STRING, "palu.hadamard": gguf.GGUFValueType.BOOL,
+    "palu.version": "u32", "palu.group_size": "u32", "palu.k_rank": "[i32]", "palu.v_rank": "[i32]",
+    "palu.latent": "str", "palu.hadamard": "bool",
 }  # fmt: skip
+TYPES = {"float32": F32, "float16": F16, "int32": I32}
 
 
 def factors(weight: np.ndarray, groups: int, rank: int) -> tuple[np.ndarray, np.ndarray]:
@@ -46,19 +46,21 @@ def make_palu(
 
     keys, tensors: what to put in place of its own, None to leave it out.
     """
-    reader = gguf.GGUFReader(source)
     with GGUFFile.open(source) as file:
         weights = {name: dequantize(t) for name, t in file.tensors.items() if "attn_k.w" in name or "attn_v.w" in name}
-    arch = reader.get_field("general.architecture").contents()
-    n_layer, n_head_kv = (
-        reader.get_field(f"{arch}.{key}").contents() for key in ("block_count", "attention.head_count_kv")
-    )
+        kept = {
+            name: Entry(t.type.id, list(t.shape[::-1]), t.data.tobytes())
+            for name, t in file.tensors.items()
+            if name not in weights
+        }
+        arch = file.get_str("general.architecture")
+        n_layer, n_head_kv = (file.get_int(f"{arch}.{key}") for key in ("block_count", "attention.head_count_kv"))
     ranks = {x: [r] * n_layer if isinstance(r, int) else [*r] for x, r in (("k", k_rank), ("v", v_rank))}
     own = {
         "palu.version": 1, "palu.group_size": group_size, "palu.k_rank": ranks["k"], "palu.v_rank": ranks["v"],
         "palu.latent": latent, "palu.hadamard": False,
     }  # fmt: skip
-    made: dict[str, Any] = {}
+    made: dict[str, np.ndarray | None] = {}
     for i in range(n_layer):
         for x in "kv":
             both = factors(weights[f"blk.{i}.attn_{x}.weight"], n_head_kv // group_size, ranks[x][i])
@@ -66,21 +68,11 @@ def make_palu(
                 made[f"blk.{i}.attn_{x}_{factor}.weight"] = values.astype({"F32": np.float32, "F16": np.float16}[type])
     made |= tensors or {}
 
-    w = gguf.GGUFWriter(path, arch)
-    for field in reader.fields.values():
-        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
-            w.add_key_value(field.name, field.contents(), field.types[0], field.types[-1])
-    for key, value in {**own, **(keys or {})}.items():
-        if value is not None:
-            w.add_key_value(key, value, KINDS[key], gguf.GGUFValueType.INT32 if isinstance(value, list) else None)
-    for tensor in reader.tensors:
-        if tensor.name not in weights:
-            w.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
-    for name, values in made.items():
-        if values is not None:
-            w.add_tensor(name, values)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
-    return path
+    palu = {key: value for key, value in (own | dict(keys or {})).items() if value is not None}
+    model = Gguf(raw_keys=[*raw_keys(source).values(), *(key_entry(key, KINDS[key], palu[key]) for key in palu)])
+    model.tensors = kept | {
+        name: Entry(TYPES[values.dtype.name], list(values.shape[::-1]), values.tobytes())
+        for name, values in made.items()
+        if values is not None
+    }
+    return model.write(path)

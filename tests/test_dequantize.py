@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from minirt import dequantize as module
 from minirt.dequantize import dequantize
 from minirt.gguf_file import TENSOR_TYPES, Tensor
-
-gguf = pytest.importorskip("gguf")
 
 # Where the half-precision scales of a block lie; the rest of its bytes may be anything.
 SCALES = {
@@ -35,8 +35,14 @@ def random_tensor(name: str, rows: int, columns: int, seed: int = 0) -> Tensor:
     return Tensor("t", kind, (rows, columns), blocks.reshape(rows, -1))
 
 
+@pytest.fixture
+def gguf() -> Any:
+    """Not imported with this file, which tests import that a bare machine runs."""
+    return pytest.importorskip("gguf")
+
+
 @pytest.mark.parametrize("name", TENSOR_TYPES)
-def test_equals_gguf_bit_for_bit(name: str) -> None:
+def test_equals_gguf_bit_for_bit(name: str, gguf: Any) -> None:
     tensor = random_tensor(name, 37, 512)
     expected = gguf.quants.dequantize(tensor.data, gguf.GGMLQuantizationType[name])
     ours = dequantize(tensor)
@@ -46,7 +52,7 @@ def test_equals_gguf_bit_for_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TENSOR_TYPES)
-def test_sizes_are_those_of_gguf(name: str) -> None:
+def test_sizes_are_those_of_gguf(name: str, gguf: Any) -> None:
     kind = TENSOR_TYPES[name]
     assert gguf.GGMLQuantizationType[name] == kind.id
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] == (kind.block_size, kind.block_bytes)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import re
+import subprocess
 import sys
+from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +21,18 @@ from minirt import ModelError
 from minirt.bandwidth.synthetic import Shape
 
 TOOLS = Path(__file__).parents[1] / "tools"
+COLLECT = """
+import sys
+import pytest
+
+class Absent:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in {absent}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+sys.exit(pytest.main(["--collect-only", "-p", "no:cacheprovider", *sys.argv[1:]]))
+"""
 
 
 def tool(name: str) -> ModuleType:
@@ -90,3 +106,21 @@ def test_no_card_is_one_line(check: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(check, "open_card", fail)
     result = CliRunner().invoke(check.main, [])
     assert (result.exit_code, result.stderr) == (1, "Error: --device gpu: no card\n")
+
+
+def test_its_tests_need_nothing_but_minirt_and_pytest() -> None:
+    """Of what the extra "dev" brings: a bare machine has not all of it, and one file that cannot be imported ends a run
+    of pytest before the first test, or is left out in silence."""
+    needed, dev = {"pytest"}, set()
+    for requirement in requires("minirt") or []:
+        name = re.split(r"[^\w-]", requirement)[0]
+        (dev if 'extra == "dev"' in requirement else needed if "extra ==" not in requirement else set()).add(name)
+    absent = [module for module, names in packages_distributions().items() if dev.intersection(names) - needed]
+    assert "gguf" in absent
+    files, tests = [f"{name}.py" for name in tool("gpu_check").TESTS], Path(__file__).parent
+    command = [sys.executable, "-c", COLLECT.format(absent=absent), *files]
+    environment = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    found = subprocess.run(command, cwd=tests, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+    collected = {line.partition("::")[0].rpartition("/")[2] for line in found.stdout.splitlines() if "::" in line}
+    assert collected == {*files}
