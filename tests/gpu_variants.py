@@ -29,7 +29,8 @@ from minirt.rope import make_rope
 from minirt.stores import get_stores
 from minirt.weights import LayerWeights, Weights
 
-ARCHS = (61, 75, 80, 87, 90)  # 61: with the wheels of CUDA 12 only
+CARDS = {61: (20, 48), 75: (40, 64), 80: (108, 163), 87: (16, 163), 90: (132, 227)}  # multiprocessors of one of many,
+# and KiB of shared memory that a block may have; 61: with the wheels of CUDA 12 only
 SHAPES = {"7b": (32, 32, 128), "8b": (32, 8, 128), "smollm2": (9, 3, 64)}  # H_q, H_kv, d
 TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32", "IQ4_XS", "Q2_K", "Q3_K")
 POLICIES = ("dense", "sparq:k=64", "sparq:k=auto:most=64:k_index=q4", "topk:k=64", "lm-infinite:budget=256")
@@ -42,13 +43,14 @@ Variant = tuple[str, tuple[tuple[str, Any], ...]]  # a file and its constants
 
 
 class NotingDevice:
-    """A device with endless memory that launches nothing."""
+    """A card with endless memory that launches nothing."""
 
-    name, multiprocessors, shared_memory = "noting", 132, 227 << 10
-    memory, driver = (1 << 50, 1 << 50), "13.0"
+    name, memory, driver = "noting", (1 << 50, 1 << 50), "13.0"
 
-    def __init__(self, capability: tuple[int, int]):
-        self.capability = capability
+    def __init__(self, arch: int):
+        self.capability = arch // 10, arch % 10
+        self.multiprocessors, kib = CARDS[arch]
+        self.shared_memory = kib << 10
         self.variants: dict[Variant, set[str]] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
@@ -140,7 +142,7 @@ def merge(ops: GpuOps, c: ModelConfig, kv: str) -> None:
 
 
 def variants_of(arch: int) -> dict[Variant, set[str]]:
-    device = NotingDevice((arch // 10, arch % 10))
+    device = NotingDevice(arch)
     ops = GpuOps(device)
     for name, shape in SHAPES.items():
         c = config(*shape)
@@ -180,7 +182,7 @@ def resources(arch: int) -> dict[str, Resources] | None:
 def report() -> str:
     """JSON, a line for each kernel: [registers of a thread, bytes of a block's static shared memory, bytes spilled] on
     each capability; null where it is not used."""
-    found = {arch: r for arch in ARCHS if (r := resources(arch)) is not None}
+    found = {arch: r for arch in CARDS if (r := resources(arch)) is not None}
     facts = {
         "date": datetime.date.today().isoformat(), "commit": commit(), "capabilities": list(found),
         "nvrtc": [nvrtc_for(arch).version for arch in found],

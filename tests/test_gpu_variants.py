@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from gpu_variants import ARCHS, resources, variants_of
+from gpu_variants import CARDS, resources, variants_of
 from nvrtc import nvrtc_for
 
 import kernels_gpu
 from kernels_gpu.device import source_of
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", CARDS)
 def test_kernels_compile_and_spill_nothing(arch: int) -> None:
     if (found := resources(arch)) is None:
         pytest.skip(f"no NVRTC for sm_{arch} (nvidia-cuda-nvrtc from PyPI brings one)")
