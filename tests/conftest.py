@@ -24,6 +24,14 @@ Cli = Callable[..., Result]
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_configure() -> None:
+    """MINIRT_POOL=off: no two of CuPy's arrays in one allocation, so that compute-sanitizer knows where each ends."""
+    if os.environ.get("MINIRT_POOL") == "off":
+        import cupy
+
+        cupy.cuda.set_allocator(None)
+
+
 LONGEST = ("test_isa.py", "test_gpu_variants.py", "test_compiled.py")
 
 

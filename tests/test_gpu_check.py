@@ -8,11 +8,13 @@ import os
 import re
 import subprocess
 import sys
+import time
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import conftest
 import pytest
 from click.testing import CliRunner
 from emulated import emulated_ops
@@ -53,7 +55,7 @@ def check(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(module, "open_card", lambda: ops)
     shape = Shape(2, 64, 4, 2, 32, 128, 96)
     sizes = {
-        "HEADS": (4, 2, 32), "ATTENTION": [(2, 64, ">= 1x")], "LATENTS": (1, 64, {"latent-q4": ">= 1x"}),
+        "HEADS": (4, 2, 32), "ATTENTION": [(2, 64, ">= 1x")], "UNAIMED": [], "LATENTS": (1, 64, {"latent-q4": ">= 1x"}),
         "SHAPE": shape, "DEPTH": 64, "BUDGET": 16, "FULL": 64, "BATCH": 1, "ROUNDS": 1,
     }  # fmt: skip
     for name, value in sizes.items():
@@ -78,11 +80,30 @@ def test_benchmarks(check: Any, tmp_path: Path) -> None:
     assert result.output.splitlines()[-1].startswith("emulated, copy ")
 
 
-def test_no_benchmark_begins_when_time_is_over(check: Any) -> None:
+def test_no_benchmark_begins_that_would_take_too_long(check: Any) -> None:
     result = CliRunner().invoke(check.main, ["--no-tests", "--minutes", "0"])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output
     lines = result.stdout.splitlines()
-    assert [line.split(": ")[-1] for line in lines[1:-1]] == 5 * ["no time was left"]
+    assert len(lines) == 1 + 6 + 1
+    assert all("no time was left" in line for line in lines[1:-1])
+
+
+def test_what_is_slow_is_expected_of_the_others(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+
+    def taking(seconds: float) -> Any:
+        def measure() -> list[Any]:
+            clock[0] += seconds
+            return []
+
+        return measure
+
+    monkeypatch.setattr(check.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(check, "START", 10.0)
+    some = [check.Benchmark("as expected", taking(10)), check.Benchmark("slow", taking(30))]
+    some += [check.Benchmark("too long", taking(0), weights=1e9), check.Benchmark("fits", taking(30))]
+    found = [result for _, result in check.measured(iter(some), 170.0)]
+    assert found == [[], [], "no time was left for what may take 33 s", []]
 
 
 def test_what_fails_stops_nothing_else(check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -91,12 +112,71 @@ def test_what_fails_stops_nothing_else(check: Any, monkeypatch: pytest.MonkeyPat
 
     for name in ("attention_rows", "throughput_rows", "latent_rows"):
         monkeypatch.setattr(check, name, fail)
+    monkeypatch.setenv("MINIRT_COMMIT", "abc123")
     output = tmp_path / "gpu.json"
     result = CliRunner().invoke(check.main, ["--no-tests", "-o", str(output)])
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output
     facts = json.loads(output.read_text())
+    assert facts["commit"] == "abc123"
     assert facts["missing"] == dict.fromkeys(("attention, B=2 S=64", "throughput", "latents"), "out of memory")
-    assert len(facts["rows"]) == 6
+    assert [row["target"] for row in facts["rows"]] == [">= 80 % of copy", ">= 80 % of copy", "", ">= 2.0x"]
+
+
+def test_what_has_no_target_may_fail(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "benchmarks", lambda *_: iter([check.Benchmark("other", lambda: 1 / 0, aimed=False)]))
+    monkeypatch.setattr(check, "commit", lambda: "")
+    result = CliRunner().invoke(check.main, ["--no-tests"])
+    assert result.exit_code == 0, result.output
+    assert "not measured: other: division by zero" in result.stdout
+
+
+@pytest.mark.parametrize(("code", "text"), [(0, "clean"), (9, "ERROR SUMMARY: 1 error")])
+def test_what_the_sanitizer_finds(
+    check: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: int, text: str
+) -> None:
+    """It is found in CUDA's folder, given the small tests without the pool, and an error is one of the whole check."""
+    program = tmp_path / "bin" / "compute-sanitizer"
+    program.parent.mkdir()
+    program.write_text(
+        f'#!/bin/sh\necho "$MINIRT_POOL $@" >> {tmp_path}/calls\necho "ERROR SUMMARY: 1 error"\nexit {code}'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(check, "benchmarks", lambda *_: iter([]))
+    monkeypatch.setattr(check, "run_tests", lambda _: check.Found(True, "pass"))
+    output = tmp_path / "gpu.json"
+    result = CliRunner().invoke(check.main, ["-o", str(output)])
+    assert result.exit_code == (1 if code else 0), result.output
+    facts = json.loads(output.read_text())
+    assert [facts["tests"], facts["memcheck"], facts["racecheck"]] == ["pass", text, text]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call.split()[:3] for call in calls] == [["off", "--tool", name] for name in ("memcheck", "racecheck")]
+    assert all("tests/test_gpu_decoder.py" in call for call in calls)
+
+
+def test_what_takes_too_long_is_ended_with_all_it_began(check: Any) -> None:
+    begun = time.monotonic()
+    assert check.ended(["sh", "-c", "echo begun; sleep 60 & sleep 60"], 0.5) == (None, "begun\n")
+    assert time.monotonic() - begun < 30
+
+
+def test_tests_of_the_card(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several at once, where that is installed; none at all are a failure."""
+    monkeypatch.setattr(check, "TESTS", ("test_progress",))
+    for cases, start in (("not emulated", "pass: "), ("no such test", "fail: no tests ran")):
+        monkeypatch.setattr(check, "ON_CARD", cases)
+        found = check.run_tests(60)
+        assert (found.good, found.text[: len(start)]) == (start == "pass: ", start)
+
+
+def test_arrays_without_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    allocators: list[Any] = []
+    cuda = SimpleNamespace(set_allocator=allocators.append)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=cuda))
+    for value, expected in (("", []), ("off", [None])):
+        monkeypatch.setenv("MINIRT_POOL", value)
+        conftest.pytest_configure()
+        assert allocators == expected
 
 
 def test_no_card_is_one_line(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:

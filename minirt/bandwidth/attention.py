@@ -29,7 +29,7 @@ from .synthetic import SEED, RandomRows, Shape, config_of, factors_of, fill, ran
 
 TOUCHED = 1 << 30  # bytes that the policy which reads least shall read before it comes to a layer again, unless ...
 MOST_LAYERS, MOST_BYTES = 64, 6 << 30  # ... so many would not be enough
-CHECKED = 1 << 19  # rows of keys, all heads and sequences, that the reference is asked for
+CHECKED = 1 << 19  # rows of keys that the reference is asked for, if nobody says otherwise
 TOLERANCE = 0.05  # of a result's norm: an approximate choice may turn on the last bit, a wrong kernel is off by 1
 BASELINE = "dense"
 LATENT = "latent-"  # in the names of KV types that are Palu's
@@ -90,18 +90,20 @@ def measure(
     *,
     rounds: int,
     room: int,
+    checked: int = CHECKED,
     advance: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """A record for each policy (texts, dense the first), in milliseconds of a layer and bytes of all its sequences.
 
-    room: bytes that the caches may take. advance: called whenever something was checked, filled or timed: see `stages`.
+    room: bytes that the caches may take. checked: rows of keys, all heads and sequences, that the reference is asked
+    for. advance: called whenever something was checked, filled or timed: see `stages`.
     Raises NoRoom, UsageError if a policy does not fit, ModelError if one is not what the reference computes.
     """
     made, stores = policies_of(cell, policies), cell.stores
     layers = _layers_of(cell, made, stores, room)
     errors = {}
     for text, policy in made.items():
-        errors[text] = error_of(ops, cell, policy)
+        errors[text] = error_of(ops, cell, policy, checked)
         if not errors[text] <= TOLERANCE:
             raise ModelError(f"{cell}, {text}: the result is off by {errors[text]:.2g} of its norm")
         advance()
@@ -182,12 +184,12 @@ def _layers_of(cell: Cell, policies: Mapping[str, Policy], stores: tuple[Store, 
     return max(1, min(MOST_LAYERS, -(-TOUCHED // max(least, 1)), min(room - filling, MOST_BYTES) // need))
 
 
-def error_of(ops: Ops, cell: Cell, policy: Policy) -> float:
+def error_of(ops: Ops, cell: Cell, policy: Policy, checked: int = CHECKED) -> float:
     """How far a policy's attention is from the reference's, as a share of its norm.
 
     At the cell's own depth, or at as many tokens as the reference is asked for.
     """
-    most = max(CHECKED // (cell.n_seq * cell.n_head_kv), 64)
+    most = max(checked // (cell.n_seq * cell.n_head_kv), 64)
     depth = min(cell.depth, most)
     config, stores, found = cell.config, cell.stores, []
     for device in (ops, ReferenceOps()):

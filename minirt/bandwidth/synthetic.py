@@ -141,21 +141,22 @@ class RandomRows:
     ):
         self.ops, self.rng, self.latent = ops, rng, plan.k_store.latent
         shapes = ((store.heads(config), store.numbers(config, layer)) for store in (plan.k_store, plan.v_store))
-        self.drawn = [rng.standard_normal((most, *shape), np.float32) for shape in shapes]
+        self.drawn = [ops.vector(rng.standard_normal((most, *shape), np.float32)) for shape in shapes]
 
     def __call__(self, pos: np.ndarray) -> tuple[Array, Array]:
         """Those of tokens at positions pos [n]: [n, heads, numbers]. With signs drawn anew, so that none come twice."""
         k, v = (self._signed(rows, len(pos)) for rows in self.drawn)
         if self.latent:
-            k[:, :, -1] = pos[:, None]  # the last number of a key's latent is its position
-        return self.ops.vector(k), self.ops.vector(v)
+            k[:, :, -1] = self.ops.vector(pos.astype(np.float32))[:, None]  # the last number of a key's latent
+        return k, v
 
-    def _signed(self, rows: np.ndarray, n: int) -> np.ndarray:
-        out = np.empty((n, *rows.shape[1:]), np.float32)
+    def _signed(self, rows: Array, n: int) -> Array:
+        """On the device: to draw as many numbers on the host, and bring them there, would take minutes."""
+        out = self.ops.zeros((n, *rows.shape[1:]), np.dtype(np.float32))
         for start in range(0, n, len(rows)):
             part = out[start : start + len(rows)]
-            signs = 2 * self.rng.integers(0, 2, rows.shape[1:]).astype(np.float32) - 1
-            np.multiply(rows[: len(part)], signs, out=part)
+            part[...] = rows[: len(part)]
+            part *= self.ops.vector(2 * self.rng.integers(0, 2, rows.shape[1:]).astype(np.float32) - 1)
         return out
 
 
