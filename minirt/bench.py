@@ -4,9 +4,10 @@
         result = measure(llama, Workload(n_gen=128, n_depth=4096, n_sequences=4))
         print(result.avg_ts, "tokens/s", result.bytes_per_second / read_bandwidth(2), "of the memory's speed")
 
-Tokens are random, the same in every run. Neither tokenising nor sampling is timed, nor is filling the cache to the
-depth. A workload of several sequences decodes them together, one token of each per step, so that a weight is read once
-for all; its tokens per second count every sequence.
+Tokens are random, the same in every run. A step brings back the most likely token, as that of a greedy answer does,
+and no logits. Neither tokenising nor sampling is timed, nor is filling the cache to the depth. A workload of several
+sequences decodes them together, one token of each per step, so that a weight is read once for all; its tokens per
+second count every sequence.
 """
 
 from __future__ import annotations
@@ -170,7 +171,7 @@ def measure(
             for seq, prompt in enumerate(prompts):
                 _prefill(decoder, cache, seq, prompt[w.n_depth :])
         for step in steps:
-            decoder.decode(cache, step)
+            decoder.choose(cache, step)
         samples.append(max(time.perf_counter_ns() - begun, 1))
         advance(w.n_tokens)
     weight_bytes = kv_bytes = None

@@ -17,6 +17,8 @@ from make_palu import make_palu
 
 import kernels_gpu
 from minirt import Llama
+from minirt.bandwidth import models
+from minirt.bench import Workload, measure
 from minirt.sampling import Sampling
 
 Load = Callable[..., Llama]
@@ -106,23 +108,35 @@ def test_policies_over_latents(on_card: Any, tiny: Path, tmp_path: Path, policy:
         assert far_from(ours, theirs) < 2 * HALVES
 
 
-@pytest.mark.parametrize("n", [1, 3])
-def test_a_token_is_all_that_a_greedy_step_brings_back(
-    on_card: Any, device: Any, tiny: Path, monkeypatch: pytest.MonkeyPatch, n: int
-) -> None:
-    brought: list[tuple[Any, ...]] = []
+@pytest.fixture
+def brought(device: Any, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """Shape and type of what leaves the device."""
+    found: list[tuple[Any, ...]] = []
     download = device.device.download
 
     def noted(array: Any) -> Any:
-        brought.append((array.shape, np.dtype(array.dtype)))
+        found.append((array.shape, np.dtype(array.dtype)))
         return download(array)
 
     monkeypatch.setattr(device.device, "download", noted)
+    return found
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_token_is_all_that_a_greedy_step_brings_back(on_card: Any, brought: Any, tiny: Path, n: int) -> None:
     with on_card(tiny) as card:
         prompts = [[i + 4, i + 5] for i in range(n)]
         card.generate(prompts, max_tokens=6, sampling=Sampling(temperature=0))
         first = (1, card.config.n_vocab), np.float32
     assert brought == [first] * n + [((n,), np.int32)] * 5
+
+
+def test_a_token_is_all_that_a_timed_step_brings_back(on_card: Any, brought: Any, tiny: Path) -> None:
+    with on_card(tiny) as card:
+        measure(card, Workload(n_gen=3, n_sequences=2), repetitions=1, warmup=False)
+        plan, work = card.session.cache.plan, models.Workload(2, 0, "f16", 4, 1)
+        models.Run(card.decoder, card.decoder.new_cache(plan, 2), work)()
+    assert brought == [((2,), np.int32)] * (3 + 4)
 
 
 def test_sequences_side_by_side(on_card: Any, tiny: Path) -> None:

@@ -1,8 +1,9 @@
 """Whole models: the time of a token at a depth of the context, policy beside policy.
 
 All policies decode the same tokens behind the same context, a few of each in turn; the context is random, or a text
-that the model reads. What a step must read (weights, and the cache by the policy's formula) over the memory's speed is
-the least it could take; what dense attention must read over what a policy must is the most it could gain.
+that the model reads. A step ends with the most likely token of each sequence, which is all that leaves a card. What it
+must read (weights, and the cache by the policy's formula) over the memory's speed is the least it could take; what
+dense attention must read over what a policy must is the most it could gain.
 
 Fewer layers than a model has fit more machines, and are as fast, layer by layer. So the time of all comes of two
 measurements: all = none + (some - none) / layers * all layers, where none is a step without any layer.
@@ -116,7 +117,7 @@ class Run:
 
     def __call__(self) -> None:
         for _ in range(self.steps):
-            self.decoder.decode(self.cache, self.tokens[int(self.cache.n_seen[0])])
+            self.decoder.choose(self.cache, self.tokens[int(self.cache.n_seen[0])])
 
 
 def _records(
