@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from emulated import emulated_ops
 
 from minirt import ModelError
-from minirt.bandwidth.synthetic import Shape
+from minirt.bandwidth.synthetic import Shape, config_of, weights_of
 
 TOOLS = Path(__file__).parents[1] / "tools"
 COLLECT = """
@@ -78,6 +78,12 @@ def test_benchmarks(check: Any, tmp_path: Path) -> None:
     assert dense["gb_per_s"] * dense["ms"] == pytest.approx(2 * 64 * 2 * 32 * 2 * 2 / 1e6)
     assert "tova:budget=16, 4 sequences" in rows
     assert result.output.splitlines()[-1].startswith("emulated, copy ")
+
+
+def test_layers_of_a_random_model_are_apart_on_a_card() -> None:
+    ops, config = emulated_ops().ops, config_of(Shape(3, 64, 4, 2, 32, 128, 96))
+    layers = weights_of(ops, config, "Q8_0").layers
+    assert len({m.planes[0].ctypes.data for layer in layers for m in (layer.wq, layer.wo)}) == 3 * 2
 
 
 def test_no_benchmark_begins_that_would_take_too_long(check: Any) -> None:

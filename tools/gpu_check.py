@@ -40,7 +40,7 @@ from minirt.policies import Dense  # noqa: E402
 PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
 TESTS = ("test_ops", "test_sparse_ops", "test_eviction_ops", "test_gpu_decoder", "test_gpu_card")
 ON_CARD = "gpu and not emulated"  # of their cases
-WORKERS = 6  # processes that run them, at most: most of the time goes into compiling
+WORKERS = 8  # processes that run them, at most: most of the time goes into compiling
 SANITIZED = {"memcheck": "test_models or every_policy", "racecheck": "test_models and llama or sparq or h2o"}
 SHARES = {"tests": 0.33, "memcheck": 0.14}  # of the time, at most
 RACES = 20  # seconds, if no more are left racecheck does not begin

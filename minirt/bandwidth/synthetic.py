@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -68,11 +70,17 @@ def config_of(shape: str | Shape, layers: int | None = None) -> ModelConfig:
 
 
 def weights_of(ops: Ops, config: ModelConfig, kind: str, seed: int = SEED) -> Weights:
-    """Random weights of one type of TYPES on a device; no two layers share memory."""
+    """Random weights of one type of TYPES on a device; no two layers share memory.
+
+    A card gets copies: of the same numbers for all layers, since making others takes the host longer than copying.
+    """
     rng = np.random.default_rng(seed)
+    tensor: Callable[[int, int], Tensor] = functools.partial(_tensor, rng, kind)
+    if ops.memory() is not None:
+        tensor = functools.cache(tensor)
 
     def matrix(n_out: int, n_in: int) -> Any:
-        return ops.matrix(_tensor(rng, kind, n_out, n_in))
+        return ops.matrix(tensor(n_out, n_in))
 
     c = config
     q, kv, n, ff = c.n_head * c.head_dim, c.n_head_kv * c.head_dim, c.n_embd, c.n_ff
