@@ -118,7 +118,7 @@ def run_sanitizer(tool: str, seconds: float) -> Found:
 
 def ended(command: Sequence[str], seconds: float, **variables: str) -> tuple[int | None, str]:
     """The exit code of a command, None if it took too long and was ended with all that it began, and what it said."""
-    path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"} | variables
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
