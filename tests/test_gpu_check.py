@@ -17,7 +17,7 @@ from typing import Any
 import conftest
 import pytest
 from click.testing import CliRunner
-from emulated import emulated_ops
+from emulated import emulated_ops, has_card
 
 from minirt import ModelError
 from minirt.bandwidth.synthetic import Shape, config_of, weights_of
@@ -166,13 +166,20 @@ def test_what_takes_too_long_is_ended_with_all_it_began(check: Any) -> None:
     assert time.monotonic() - begun < 30
 
 
-def test_tests_of_the_card(check: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several at once, where that is installed; none at all are a failure."""
-    monkeypatch.setattr(check, "TESTS", ("test_progress",))
-    for cases, start in (("not emulated", "pass: "), ("no such test", "fail: no tests ran")):
-        monkeypatch.setattr(check, "ON_CARD", cases)
-        found = check.run_tests(60)
-        assert (found.good, found.text[: len(start)]) == (start == "pass: ", start)
+@pytest.mark.parametrize(
+    ("file", "cases", "start"),
+    [
+        ("test_progress", "not emulated", "pass: "),
+        ("test_progress", "no such test", "fail: no tests ran"),
+        *([] if has_card() else [("test_gpu_card", "a_prompt", "fail: 1 skipped")]),
+    ],
+)
+def test_tests_of_the_card(check: Any, monkeypatch: pytest.MonkeyPatch, file: str, cases: str, start: str) -> None:
+    """Several at once, where that is installed; if none ran, that is a failure."""
+    monkeypatch.setattr(check, "TESTS", (file,))
+    monkeypatch.setattr(check, "ON_CARD", cases)
+    found = check.run_tests(120)
+    assert (found.good, found.text[: len(start)]) == (start == "pass: ", start)
 
 
 def test_arrays_without_a_pool(monkeypatch: pytest.MonkeyPatch) -> None:
