@@ -20,10 +20,9 @@ DEVICE float number(Number x) {
     else return __int_as_float(int(u32(x) << 16));
 }
 
-// WIDE numbers from an aligned place.
-DEVICE void load_wide(const Number* from, float (&x)[WIDE]) {
-    const uint4 a = *reinterpret_cast<const uint4*>(from);
-    const u32 words[4] = {a.x, a.y, a.z, a.w};
+// Of a wide load.
+DEVICE void unpack(const uint4& from, float (&x)[WIDE]) {
+    const u32 words[4] = {from.x, from.y, from.z, from.w};
 #pragma unroll
     for (int i = 0; i < WIDE; i++) {
         if constexpr (NUMBER == KIND_F32) x[i] = __int_as_float(int(words[i]));

@@ -27,7 +27,7 @@ WARP = 32
 PLAIN, NORMED, GATED = 0, 1, 2  # of activations.cuh
 ROUNDED_BYTES = 80  # of 32 rounded activations
 TOGETHER = 3  # matrices of a launch
-BLOCK, WARPS, BLOCKS = 256, 8, 4  # threads and warps of a block of products, blocks of a multiprocessor
+BLOCK, WARPS = 256, 8  # threads and warps of a block of products
 PART, PART_THREADS = 8192, 1024  # logits of a block that looks for the largest, and its threads
 ROOM = 47 << 10  # bytes of shared memory that any card gives a block, beside what the kernel has itself
 
@@ -179,14 +179,14 @@ class RowOps(BaseOps):
             weights = [(*m.planes, m.shape[0], out[:, begin:]) for m, begin in same]
             weights += [absent] * (TOGETHER - len(same))
             self._launch(
-                "products.cu", "products", self._blocks(sum(m.shape[0] for m, _ in same)), BLOCK,
+                "products.cu", "products", self._blocks(n, sum(m.shape[0] for m, _ in same)), BLOCK,
                 given, x, n, n_in, kind, norm, eps, add, np.int64(out.shape[1]), *sum(weights, ()),
                 shared=0 if given is not None else _room(m), **m.constants, ROWS=size,
             )  # fmt: skip
 
-    def _blocks(self, rows: int) -> int:
-        """So many that each warp has as many rows of weights as any other, or one less."""
-        most = BLOCKS * self.device.multiprocessors * WARPS
+    def _blocks(self, n: int, rows: int) -> int:
+        """So many that each warp has as many rows of weights as any other, or one less, and all run at once."""
+        most = (4 if n == 1 else 3) * self.device.multiprocessors * WARPS
         each = -(-rows // most)
         return -(-rows // (WARPS * each))
 

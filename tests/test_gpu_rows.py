@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,31 @@ def test_products(ops: Any, name: str) -> None:
 def test_numbers_of_rows(ops: Any, n: int) -> None:
     test_ops.test_products_of_every_type(ops, "Q4_0", n)
     test_ops.test_products_of_every_type(ops, "F16", n)
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"), [("Q4_0", 4192), ("Q6_K", 2304), ("Q8_0", 2048), ("F16", 2056), ("F32", 516)]
+)
+def test_rows_that_a_warp_reads_one_after_another(ops: Any, name: str, columns: int) -> None:
+    """They begin in the middle of what a warp reads at a time, and go on in another matrix."""
+    c, shapes = test_ops.config(4, 2, 64), {"wq": 256, "wk": 128, "wv": 128}
+    w = test_ops.layer(ops, name, c, 256, 256)
+    truth = test_ops.layer(test_ops.TRUTH, name, c, 256, 256)
+    tensors = {field: random_tensor(name, n_out, columns, seed=n_out) for field, n_out in shapes.items()}
+    norm = test_ops.normal(columns)
+    for n in (1, 2):
+        x = test_ops.normal(n, columns, seed=n)
+        ours, true = (
+            device.qkv(
+                x,
+                replace(layer, attn_norm=device.vector(norm), **{k: device.matrix(t) for k, t in tensors.items()}),
+                c,
+                test_ops.angles(device, n, 64),
+            )
+            for device, layer in ((ops, w), (test_ops.TRUTH, truth))
+        )
+        for a, b in zip(ours, true, strict=True):
+            assert np.linalg.norm(a - b) <= test_ops.allowed(ops, name, n) * np.linalg.norm(b)
 
 
 @pytest.mark.parametrize("name", TENSOR_TYPES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from nvrtc import nvrtc_for
 
 import kernels_gpu
 from kernels_gpu.device import source_of
+from kernels_gpu.formats import FORMATS, NUMBERS
 
 
 @pytest.mark.parametrize("arch", CARDS)
@@ -30,6 +32,20 @@ def test_codes_are_rounded_after_they_are_scaled(store: str) -> None:
     ptx = nvrtc.ptx(source_of("cache.cu"), 90, [f"-D{name}={value}" for name, value in constants.items()])
     assert "mul.rn.ftz.f32" in ptx
     assert "fma." not in ptx
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32"])
+def test_activations_are_read_by_wide_loads(name: str) -> None:
+    """From memory that the compiler knows: of one row from shared memory, of several from the card's."""
+    if not (nvrtc := nvrtc_for(90)):
+        pytest.skip("no NVRTC for sm_90 (nvidia-cuda-nvrtc from PyPI brings one)")
+    constants = {"NUMBER": f"KIND_{name}"} if name in NUMBERS else FORMATS[name].constants
+    for rows in (1, 8):
+        macros = (f"-D{macro}={value}" for macro, value in {**constants, "ROWS": rows}.items())
+        loads = re.findall(r"\tld\.(\S+)", nvrtc.ptx(source_of("products.cu"), 90, list(macros)))
+        assert not [load for load in loads if re.match(r"(v\d\.)?[a-z]\d", load)]
+        assert sum(load.startswith("shared.v4.") for load in loads) >= 2 * (rows == 1)
+        assert sum(load.startswith("global.v4.") for load in loads) >= 2 * rows
 
 
 def test_sources_are_in_the_wheel() -> None:
