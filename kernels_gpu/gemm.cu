@@ -1,13 +1,8 @@
 // Products of weights with many rows of activations: prompts. Weights are decoded to halves a tile at a time and
-// multiplied on tensor cores.
-//
-// Halves reach from 6e-8 to 65504: a power of two is taken out of each row, of activations and of weights, so that what
-// is small beside the largest of its row is rounded first. Weights that are halves stay as they are.
+// multiplied, as halves (halves.cuh), on tensor cores.
+#include "halves.cuh"
 #include "mma.cuh"
-#ifdef LOW_BITS
-#include "formats.cuh"
-#else
-#include "numbers.cuh"
+#ifdef NUMBER
 constexpr int GROUP = 32;
 #endif
 
@@ -51,14 +46,6 @@ DEVICE void decode_half(const Number* w, int rows, int n_in, int row, int column
     }
 }
 #endif
-
-// The power of two that is taken out of a row, by the bits of its largest magnitude.
-DEVICE float power_of(u32 largest) {
-#ifdef NUMBER
-    if (NUMBER == KIND_F16) return 1.0f;
-#endif
-    return largest ? exp2f(fmaxf(floorf(log2f(__int_as_float(int(largest)))) - 7.0f, -120.0f)) : 1.0f;
-}
 
 // out[n, row] = or += products of x, halves [N, n_in] with factors [N], and weights [rows, n_in]; `largest` [rows] is
 // the bits of their largest magnitudes. Grid (N / TILE, rows / TILE), rounded up.

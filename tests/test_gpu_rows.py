@@ -30,10 +30,27 @@ def test_products(ops: Any, name: str) -> None:
         test_ops.test_products_of_every_type(ops, name, n)
 
 
-@pytest.mark.parametrize("n", [2, 3, 7, 8, 9])
+@pytest.mark.parametrize("n", [2, 3, 7, 8, 9, 17])
 def test_numbers_of_rows(ops: Any, n: int) -> None:
     test_ops.test_products_of_every_type(ops, "Q4_0", n)
     test_ops.test_products_of_every_type(ops, "F16", n)
+
+
+@pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q6_K", "Q5_K", "F16", "F32"])
+def test_products_of_prompts(ops: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_ops, "SOME_ROWS", 0)
+    test_ops.test_products_of_every_type(ops, name, 33)
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "rows", "columns"),
+    [("Q4_0", 64, 130, 64), ("Q8_0", 9, 300, 1056), ("F16", 17, 129, 72), ("BF16", 33, 40, 1544), ("F32", 10, 5, 40)],
+)
+def test_batches(ops: Any, name: str, n: int, rows: int, columns: int) -> None:
+    """Rows and columns that end within a tile; columns that several blocks share, or one has."""
+    tensor, x, norm = random_tensor(name, rows, columns), test_ops.normal(n, columns), np.ones(columns, np.float32)
+    ours, truth = (device.logits(x, norm, 1e-5, device.matrix(tensor)) for device in (ops, test_ops.TRUTH))
+    assert np.linalg.norm(ours - truth) <= test_ops.HALVES * np.linalg.norm(truth)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +119,11 @@ def test_odd_rows(ops: Any, columns: int) -> None:
     ("name", "sizes"),
     [("F32", [1e-38, 1e-8, 1, 7e4, 1e30]), ("BF16", [1e-30, 1, 1e9]), ("F16", [1e-4, 1, 1e4]), ("Q8_0", [1e-5, 500])],
 )
-def test_rows_of_weights_of_any_size(ops: Any, name: str, sizes: list[float]) -> None:
-    """In a prompt, whose products are made of halves, none becomes infinite or nothing, or less exact than others."""
+@pytest.mark.parametrize("most", [row_ops.SOME_ROWS, 0])
+def test_rows_of_weights_of_any_size(
+    ops: Any, name: str, sizes: list[float], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In products of halves, of batches and of prompts, none becomes infinite or nothing, or less exact than others."""
     tensor, scale = random_tensor(name, len(sizes), 256), np.float32(sizes)[:, None]
     if name == "Q8_0":
         tensor.data.reshape(len(sizes), -1, 34)[..., :2] = scale.astype(np.float16).view(np.uint8)[:, None]
@@ -115,6 +135,7 @@ def test_rows_of_weights_of_any_size(ops: Any, name: str, sizes: list[float]) ->
             "BF16": lambda: values.view("<u2")[:, 1::2],
         }
         tensor.data[...] = np.ascontiguousarray(as_stored[name]()).view(np.uint8)
+    monkeypatch.setattr(row_ops, "SOME_ROWS", most)
     x, norm = test_ops.normal(12, 256), np.ones(256, np.float32)
     ours, truth = (device.logits(x, norm, 1e-5, device.matrix(tensor)) for device in (ops, test_ops.TRUTH))
     for row, true in zip(ours.T.astype(np.float64), truth.T.astype(np.float64), strict=True):
@@ -158,9 +179,9 @@ def test_tied_embeddings_are_on_the_card_once() -> None:
     assert ops.matrix(random_tensor("Q8_0", 8, 64)) is not table
 
 
-@pytest.mark.parametrize("seed", [1, 2])
-def test_the_order_of_threads_does_not_show(ops: Any, seed: int) -> None:
-    tensor, x, norm = random_tensor("Q5_K", 37, 512), test_ops.normal(2, 512), test_ops.normal(512, seed=1)
+@pytest.mark.parametrize(("seed", "n"), [(1, 2), (2, 2), (1, 9), (2, 9)])
+def test_the_order_of_threads_does_not_show(ops: Any, seed: int, n: int) -> None:
+    tensor, x, norm = random_tensor("Q5_K", 37, 1024), test_ops.normal(n, 1024), test_ops.normal(1024, seed=1)
     other = emulated_ops(seed)
     first, second = (each.logits(x, norm, 1e-5, each.matrix(tensor)) for each in (ops, other))
     assert np.array_equal(first, second)

@@ -1,0 +1,233 @@
+// Products of weights with up to SEQUENCES rows of activations: a decode step of many sequences. Each weight is read and
+// decoded once: by the lane that multiplies it, as halves (halves.cuh), on tensor cores. Activations pass through shared
+// memory.
+//
+// A block takes TILE rows of weights and a part of their columns, so that there are blocks for the whole card; the last
+// of a tile to be done adds up the parts, in their order.
+#include "halves.cuh"
+#include "mma.cuh"
+
+constexpr int WARPS = 4, THREADS = WARPS * WARP, TILE = WARPS * 32;
+constexpr int SETS = SEQUENCES / 8;  // of 8 sequences, which a product of tiles takes
+// Of a row of weights a lane takes CHUNKS times 8 columns at a step, so that it has whole groups, and each of its loads
+// 16 bytes. Of a product of tiles it has columns t, t + 4 ...: which these are does not matter, as long as both sides
+// agree.
+#ifdef LOW_BITS
+constexpr int CHUNKS = 4;
+struct Piece {
+    Group group;
+};
+
+DEVICE int chunk_of(int c, int t) { return CHUNKS * t + c; }
+
+DEVICE Piece load_piece(const Weights& w, i64 row, int n_in, int column, int t) {
+    return column + GROUP * t < n_in ? Piece{load_group(w, (row * n_in + column) / GROUP + t)} : Piece{};
+}
+
+// A piece as halves, once its steps are known.
+struct Decoder {
+    Steps steps;
+
+    DEVICE Decoder(const Piece& piece, float factor) : steps(steps_of(piece.group)) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) steps.scale[i] *= factor, steps.minimum[i] *= factor;
+    }
+
+    DEVICE void decode(const Piece& piece, int c, u32 (&pairs)[4]) const {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            float w[4];
+            weights_of(piece.group, steps, 2 * c + i, w);
+            pairs[2 * i] = two_halves(w[0], w[1]), pairs[2 * i + 1] = two_halves(w[2], w[3]);
+        }
+    }
+};
+#else
+constexpr int CHUNKS = NUMBER == KIND_F32 ? 1 : 2, LOADS = 8 / WIDE;
+struct Piece {
+    uint4 words[CHUNKS][LOADS];
+};
+
+DEVICE int chunk_of(int c, int t) { return 4 * c + t; }
+
+DEVICE Piece load_piece(const Number* w, i64 row, int n_in, int column, int t) {
+    Piece piece = {};
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        const int at = column + 8 * chunk_of(c, t);
+        if (at >= n_in) continue;
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            piece.words[c][i] = *reinterpret_cast<const uint4*>(w + row * n_in + at + WIDE * i);
+        }
+    }
+    return piece;
+}
+
+struct Decoder {
+    float factor;
+
+    DEVICE Decoder(const Piece&, float factor) : factor(factor) {}
+
+    DEVICE void decode(const Piece& piece, int c, u32 (&pairs)[4]) const {
+        if constexpr (NUMBER == KIND_F16) {
+            const uint4 words = piece.words[c][0];
+            pairs[0] = words.x, pairs[1] = words.y, pairs[2] = words.z, pairs[3] = words.w;
+        } else {
+#pragma unroll
+            for (int i = 0; i < LOADS; i++) {
+                float w[WIDE];
+                unpack(piece.words[c][i], w);
+#pragma unroll
+                for (int j = 0; j < WIDE; j += 2) {
+                    pairs[(WIDE * i + j) / 2] = two_halves(w[j] * factor, w[j + 1] * factor);
+                }
+            }
+        }
+    }
+};
+#endif
+constexpr int STEP = 4 * CHUNKS * 8;  // columns
+
+// Up to three matrices that share their activations, as in products.cu.
+struct Matrix {
+    Given weights;
+    const u32* largest;
+    int rows;
+    float* out;
+};
+#ifdef LOW_BITS
+#define MATRIX(i)                                                                                        \
+    const u8 *low##i, const u8 *high##i, const u8 *scales##i, const u32 *supers##i, const u32 *largest##i, \
+        int rows##i, float *out##i
+#define GIVEN(i) {{low##i, high##i, scales##i, supers##i}, largest##i, rows##i, out##i}
+#else
+#define MATRIX(i) const Number *numbers##i, const u32 *largest##i, int rows##i, float *out##i
+#define GIVEN(i) {numbers##i, largest##i, rows##i, out##i}
+#endif
+
+// Where the activations of a lane's chunk are: eight lanes, of two sequences, meet no bank twice.
+DEVICE int place(int sequence, int c, int t) {
+    return sequence * 4 * CHUNKS + ((4 * c + t) ^ (CHUNKS > 1 ? sequence % 2 * 4 : 0));
+}
+
+// Asks for activations of the columns of a step; what is beyond them is 0.
+DEVICE void ask(const u16* x, int n, int n_in, int column, uint4* to) {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < SEQUENCES * 4 * CHUNKS; i += THREADS) {
+        const int sequence = i / (4 * CHUNKS), t = i % 4, c = i / 4 % CHUNKS, chunk = chunk_of(c, t);
+        const bool is = sequence < n && column + 8 * chunk < n_in;
+        const u16* from = x + (is ? i64(sequence) * n_in + column + 8 * chunk : 0);
+        uint4* at = to + place(sequence, c, t);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(u32(__cvta_generic_to_shared(at))), "l"(from),
+                     "r"(is ? 16 : 0)
+                     : "memory");
+#else
+        *at = is ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
+#endif
+    }
+}
+
+// Waits, with all threads of the block, for what was asked for.
+DEVICE void arrived() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+    __syncthreads();
+}
+
+// out[sequence, row] = or += products of x, halves [n, n_in] with factors [n], and weights. Grid (tiles of all matrices,
+// parts); parts [tiles, parts, 2 SETS, THREADS, 4] and done [tiles], zeros, are needed only where there are several.
+KERNEL __launch_bounds__(THREADS, 2) batch_products(
+    const u16* x, const float* factors, int n, int n_in, int add, i64 stride, float4* parts, int* done,
+    MATRIX(0), MATRIX(1), MATRIX(2)
+) {
+    __shared__ uint4 stages[2][SEQUENCES * 4 * CHUNKS];
+    const Matrix first GIVEN(0), second GIVEN(1), third GIVEN(2);
+    Matrix m = first;  // copied, because parameters have no address
+    int tile = blockIdx.x;
+    const int tiles0 = (rows0 + TILE - 1) / TILE, tiles1 = (rows1 + TILE - 1) / TILE;
+    if (tile >= tiles0 + tiles1) m = third, tile -= tiles0 + tiles1;
+    else if (tile >= tiles0) m = second, tile -= tiles0;
+    const int g = lane_id() / 4, t = lane_id() % 4, own = tile * TILE + threadIdx.x / WARP * 32;
+    const int steps = (n_in + STEP - 1) / STEP;
+    const int begin = int(i64(steps) * blockIdx.y / gridDim.y), end = int(i64(steps) * (blockIdx.y + 1) / gridDim.y);
+
+    // Row r of a lane is row 8 r + g of its warp.
+    float powers[4];
+    Piece ahead[4];
+    const auto load = [&](int step) {
+#pragma unroll
+        for (int r = 0; r < 4; r++) {
+            const int row = own + 8 * r + g;
+            ahead[r] = row < m.rows ? load_piece(m.weights, row, n_in, step * STEP, t) : Piece{};
+        }
+    };
+    ask(x, n, n_in, begin * STEP, stages[begin % 2]);
+    load(begin);
+#pragma unroll
+    for (int r = 0; r < 4; r++) powers[r] = power_of(own + 8 * r + g < m.rows ? m.largest[own + 8 * r + g] : 0);
+
+    float sums[2][SETS][4] = {};
+#pragma unroll 1
+    for (int step = begin; step < end; step++) {
+        arrived();
+        Piece pieces[4];
+#pragma unroll
+        for (int r = 0; r < 4; r++) pieces[r] = ahead[r];
+        if (step + 1 < end) {
+            ask(x, n, n_in, (step + 1) * STEP, stages[(step + 1) % 2]);
+            load(step + 1);
+        }
+        if (own >= m.rows) continue;
+        const uint4* stage = stages[step % 2];
+        const Decoder decoders[4] = {
+            {pieces[0], 1.0f / powers[0]}, {pieces[1], 1.0f / powers[1]}, {pieces[2], 1.0f / powers[2]},
+            {pieces[3], 1.0f / powers[3]}};
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) {
+            u32 w[4][4];
+#pragma unroll
+            for (int r = 0; r < 4; r++) decoders[r].decode(pieces[r], c, w[r]);
+#pragma unroll
+            for (int set = 0; set < SETS; set++) {
+                const uint4 b = stage[place(8 * set + g, c, t)];
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const u32(&low)[4] = w[2 * i], (&high)[4] = w[2 * i + 1];
+                    multiply_tiles(sums[i][set], {low[0], high[0], low[1], high[1]}, {b.x, b.y});
+                    multiply_tiles(sums[i][set], {low[2], high[2], low[3], high[3]}, {b.z, b.w});
+                }
+            }
+        }
+    }
+
+    if (gridDim.y > 1) {
+        float4* mine = parts + i64(blockIdx.x) * gridDim.y * (2 * SETS * THREADS) + threadIdx.x;
+#pragma unroll
+        for (int i = 0; i < 2 * SETS; i++) {
+            const float(&sum)[4] = sums[i / SETS][i % SETS];
+            mine[(blockIdx.y * 2 * SETS + i) * THREADS] = make_float4(sum[0], sum[1], sum[2], sum[3]);
+        }
+        if (!is_last(done + blockIdx.x, gridDim.y)) return;
+#pragma unroll
+        for (int i = 0; i < 2 * SETS; i++) {
+            float(&sum)[4] = sums[i / SETS][i % SETS];
+            sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
+            for (int part = 0; part < int(gridDim.y); part++) {
+                const float4 a = mine[(part * 2 * SETS + i) * THREADS];
+                sum[0] += a.x, sum[1] += a.y, sum[2] += a.z, sum[3] += a.w;
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 8 * SETS; i++) {
+        const int r = i / SETS / 4 * 2 + i % 4 / 2, set = i / 4 % SETS;
+        const int row = own + 8 * r + g, sequence = 8 * set + 2 * t + i % 2;
+        if (row >= m.rows || sequence >= n) continue;
+        float* to = m.out + sequence * stride + row;
+        const float sum = sums[r / 2][set][i % 4] * factors[sequence] * powers[r];
+        *to = add ? *to + sum : sum;
+    }
+}
