@@ -3,7 +3,7 @@
 // memory.
 //
 // A block takes TILE rows of weights and a part of their columns, so that there are blocks for the whole card; the last
-// of a tile to be done adds up the parts, in their order.
+// of a tile to be done adds up the parts, in their order. BLOCKS of them run on a multiprocessor at a time.
 #include "halves.cuh"
 #include "mma.cuh"
 
@@ -20,25 +20,41 @@ struct Piece {
 
 DEVICE int chunk_of(int c, int t) { return CHUNKS * t + c; }
 
-DEVICE Piece load_piece(const Weights& w, i64 row, int n_in, int column, int t) {
-    return column + GROUP * t < n_in ? Piece{load_group(w, (row * n_in + column) / GROUP + t)} : Piece{};
+DEVICE Piece load_piece(const Weights& w, int row, int n_in, int column, int t) {
+    const int groups = n_in / GROUP, group = column / GROUP + t;
+    return group < groups ? Piece{load_group(w, row * groups + group)} : Piece{};
 }
 
-// A piece as halves, once its steps are known.
+// A piece as halves, once its steps are known. A scale that is a half stays one, whichever power of two is taken out of
+// it, so that codes, which halves hold, are multiplied as halves: what comes is rounded as if it were made of floats.
 struct Decoder {
+    static constexpr bool AS_HALVES = SCALES == HALF;
+    static constexpr float MOST = 65504.0f;  // that a half holds
+    static constexpr int SIGN = LOW_BITS == 8 || LOOKED_UP ? 128 : 0;  // of codes that may be below 0
     Steps steps;
+    u32 scales;
 
     DEVICE Decoder(const Piece& piece, float factor) : steps(steps_of(piece.group)) {
 #pragma unroll
         for (int i = 0; i < 2; i++) steps.scale[i] *= factor, steps.minimum[i] *= factor;
+        // Too large for a half is only what multiplies zeros.
+        const float scale = fabsf(steps.scale[0]) < INFINITE ? fminf(fmaxf(steps.scale[0], -MOST), MOST) : steps.scale[0];
+        scales = two_halves(scale, scale);
     }
 
     DEVICE void decode(const Piece& piece, int c, u32 (&pairs)[4]) const {
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            float w[4];
-            weights_of(piece.group, steps, 2 * c + i, w);
-            pairs[2 * i] = two_halves(w[0], w[1]), pairs[2 * i + 1] = two_halves(w[2], w[3]);
+            if constexpr (AS_HALVES) {
+                const u32 codes = codes_of(piece.group, 2 * c + i) ^ SIGN * 0x01010101u;
+                constexpr u32 ZERO = (0x6400 + SIGN + OFFSET) * 0x10001u;  // 0x6400 + i is 1024 + i
+                pairs[2 * i] = times(minus(__byte_perm(codes, 0x64646464, 0x4140), ZERO), scales);
+                pairs[2 * i + 1] = times(minus(__byte_perm(codes, 0x64646464, 0x4342), ZERO), scales);
+            } else {
+                float w[4];
+                weights_of(piece.group, steps, 2 * c + i, w);
+                pairs[2 * i] = two_halves(w[0], w[1]), pairs[2 * i + 1] = two_halves(w[2], w[3]);
+            }
         }
     }
 };
@@ -50,16 +66,15 @@ struct Piece {
 
 DEVICE int chunk_of(int c, int t) { return 4 * c + t; }
 
-DEVICE Piece load_piece(const Number* w, i64 row, int n_in, int column, int t) {
+DEVICE Piece load_piece(const Number* w, int row, int n_in, int column, int t) {
+    const uint4* from = reinterpret_cast<const uint4*>(w);
     Piece piece = {};
 #pragma unroll
     for (int c = 0; c < CHUNKS; c++) {
-        const int at = column + 8 * chunk_of(c, t);
-        if (at >= n_in) continue;
+        const int chunk = column / 8 + chunk_of(c, t);
+        if (8 * chunk >= n_in) continue;
 #pragma unroll
-        for (int i = 0; i < LOADS; i++) {
-            piece.words[c][i] = *reinterpret_cast<const uint4*>(w + row * n_in + at + WIDE * i);
-        }
+        for (int i = 0; i < LOADS; i++) piece.words[c][i] = from[(row * (n_in / 8) + chunk) * LOADS + i];
     }
     return piece;
 }
@@ -113,11 +128,14 @@ DEVICE int place(int sequence, int c, int t) {
 
 // Asks for activations of the columns of a step; what is beyond them is 0.
 DEVICE void ask(const u16* x, int n, int n_in, int column, uint4* to) {
-#pragma unroll 4
-    for (int i = threadIdx.x; i < SEQUENCES * 4 * CHUNKS; i += THREADS) {
-        const int sequence = i / (4 * CHUNKS), t = i % 4, c = i / 4 % CHUNKS, chunk = chunk_of(c, t);
-        const bool is = sequence < n && column + 8 * chunk < n_in;
-        const u16* from = x + (is ? i64(sequence) * n_in + column + 8 * chunk : 0);
+    constexpr int AT_ONCE = THREADS / (4 * CHUNKS);
+    const int t = threadIdx.x % 4, c = threadIdx.x / 4 % CHUNKS, first = column + 8 * chunk_of(c, t);
+#pragma unroll
+    for (int i = 0; i < SEQUENCES; i += AT_ONCE) {
+        const int sequence = i + threadIdx.x / (4 * CHUNKS);
+        if (SEQUENCES < AT_ONCE && sequence >= SEQUENCES) break;
+        const bool is = sequence < n && first < n_in;
+        const u16* from = x + (is ? i64(sequence) * n_in + first : 0);
         uint4* at = to + place(sequence, c, t);
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(u32(__cvta_generic_to_shared(at))), "l"(from),
@@ -139,7 +157,7 @@ DEVICE void arrived() {
 
 // out[sequence, row] = or += products of x, halves [n, n_in] with factors [n], and weights. Grid (tiles of all matrices,
 // parts); parts [tiles, parts, 2 SETS, THREADS, 4] and done [tiles], zeros, are needed only where there are several.
-KERNEL __launch_bounds__(THREADS, 2) batch_products(
+KERNEL __launch_bounds__(THREADS, BLOCKS) batch_products(
     const u16* x, const float* factors, int n, int n_in, int add, i64 stride, float4* parts, int* done,
     MATRIX(0), MATRIX(1), MATRIX(2)
 ) {
@@ -212,11 +230,13 @@ KERNEL __launch_bounds__(THREADS, 2) batch_products(
         }
         if (!is_last(done + blockIdx.x, gridDim.y)) return;
 #pragma unroll
-        for (int i = 0; i < 2 * SETS; i++) {
-            float(&sum)[4] = sums[i / SETS][i % SETS];
-            sum[0] = sum[1] = sum[2] = sum[3] = 0.0f;
-            for (int part = 0; part < int(gridDim.y); part++) {
+        for (int i = 0; i < 8 * SETS; i++) sums[i / 4 / SETS][i / 4 % SETS][i % 4] = 0.0f;
+#pragma unroll 1
+        for (int part = 0; part < int(gridDim.y); part++) {
+#pragma unroll
+            for (int i = 0; i < 2 * SETS; i++) {
                 const float4 a = mine[(part * 2 * SETS + i) * THREADS];
+                float(&sum)[4] = sums[i / SETS][i % SETS];
                 sum[0] += a.x, sum[1] += a.y, sum[2] += a.z, sum[3] += a.w;
             }
         }

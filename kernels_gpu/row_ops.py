@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FEW_ROWS = 8  # up to here weights are multiplied as they are; beyond, on tensor cores
 SOME_ROWS = 64  # up to here a block reads weights for all rows
+TENSOR_CORES = (7, 5)  # capability; without, batches.cu has too few registers
 TILE, BATCH_TILE = 64, 128  # rows of weights of a block of gemm.cu and of batches.cu
 WARP = 32
 PLAIN, NORMED, GATED = 0, 1, 2  # of activations.cuh
@@ -220,7 +221,7 @@ class RowOps(BaseOps):
         n, n_in = len(x), matrices[0].shape[1]
         halves, factors = self._buffer("halves", (n, n_in), np.uint16), self._buffer("factors", (n,))
         self._prepare(x, n_in, kind, norm, eps, None, None, halves, factors)
-        if n <= SOME_ROWS and n_in % 8 == 0:
+        if n <= SOME_ROWS and n_in % 8 == 0 and self.device.capability >= TENSOR_CORES:
             for same in _alike(matrices, begins):
                 self._batch(halves, factors, same, out, add)
             return
@@ -235,25 +236,29 @@ class RowOps(BaseOps):
         (n, n_in), m = halves.shape, matrices[0][0]
         size = next(size for size in (16, 32, 64) if n <= size)
         tiles = sum(-(-m.shape[0] // BATCH_TILE) for m, _ in matrices)
-        split = self._split(tiles, n_in)
+        f = FORMATS.get(m.name)
+        is_small = f is None or (f.low_bits == 4 and f.scales == "HALF")  # decoded in few registers
+        at_once = 3 if is_small and size <= 32 else 2
+        split = _split(tiles, n_in, at_once * self.device.multiprocessors)
         parts = self._buffer("parts", (tiles * split * size * BATCH_TILE,)) if split > 1 else None
         weights = [(*m.planes, m.largest, m.shape[0], out[:, begin:]) for m, begin in matrices]
         weights += [(*(None for _ in m.planes), None, 0, None)] * (TOGETHER - len(matrices))
         self._launch(
             "batches.cu", "batch_products", (tiles, split), 128, halves, factors, n, n_in, add,
             np.int64(out.shape[1]), parts, self._counters(tiles), *sum(weights, ()),
-            **m.constants, SEQUENCES=size,
+            **m.constants, SEQUENCES=size, BLOCKS=at_once,
         )  # fmt: skip
 
-    def _split(self, tiles: int, n_in: int) -> int:
-        """Into how many parts the columns of tiles are split. A block of a part takes as long as its steps, and as
-        three more to begin and to end; two blocks run on a multiprocessor at a time."""
-        steps, at_once = -(-n_in // 128), 2 * self.device.multiprocessors
 
-        def time(parts: int) -> float:
-            return -(-tiles * parts // at_once) * (-(-steps // parts) + 3)
+def _split(tiles: int, n_in: int, at_once: int) -> int:
+    """Into how many parts the columns of tiles are split, of which so many are multiplied at once. Each takes as long
+    as its steps, and as three more to begin and to end."""
+    steps = -(-n_in // 128)
 
-        return min(range(1, max(2, steps // 2)), key=time)
+    def time(parts: int) -> int:
+        return -(-tiles * parts // at_once) * (-(-steps // parts) + 3)
+
+    return min(range(1, max(2, steps // 2)), key=time)
 
 
 def _room(m: Matrix) -> int:
