@@ -3,7 +3,7 @@
 
 // x [N, n_in] -> what products read of it: rounded [N, n_in / 32], floats [N, n_in], or halves [N, n_in] with a factor
 // [N] that was taken out; those that are null are not made. A block for each row.
-KERNEL prepare(
+KERNEL __launch_bounds__(1024) prepare(
     const float* x, i64 stride, int n_in, int kind, const float* norm, float eps, Rounded* rounded, float* floats,
     u16* halves, float* factors
 ) {

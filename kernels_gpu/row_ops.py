@@ -159,7 +159,9 @@ class RowOps(BaseOps):
 
     def _prepare(self, x: Array, n_in: int, kind: int, norm: Array | None, eps: float, *outs: Array | None) -> None:
         rows, stride = len(x), np.int64(x.shape[1])
-        self._launch("activations.cu", "prepare", rows, 256, x, stride, n_in, kind, norm, eps, *outs)
+        # Of one row as many as products have, which then add up a norm's squares alike.
+        threads = BLOCK if rows == 1 else min(1024, max(BLOCK, n_in // 4 // WARP * WARP))
+        self._launch("activations.cu", "prepare", rows, threads, x, stride, n_in, kind, norm, eps, *outs)
 
     def _few(
         self,
