@@ -128,28 +128,29 @@ struct Stream {
         for (int u = 0; u < AHEAD; u++) ask(u, 0, n_in % COLUMNS ? 0 : n_in / COLUMNS);
     }
 
+    // Multiplies what was asked for, units `at` ..., while those from `then` on of `row` are asked for.
+    DEVICE void round(const Input* x, int n, int units, int at, int then, float (&total)[ROWS]) {
+#pragma unroll
+        for (int u = 0; u < AHEAD; u++) {
+            const Unit unit = ahead[u];
+            ask(u, then, units);
+            const int own = at + WARP * u + lane_id();
+            if (own < units) add_products(unit, x + own * INPUTS, n, units, total);
+        }
+    }
+
     // The row times n rows of input, the sums in every lane; the next row is begun.
     template <class Next>
     DEVICE void multiply(const Input* x, int n, int n_in, const Next& next, float (&total)[ROWS]) {
-        int units = n_in / COLUMNS;
+        const int units = n_in % COLUMNS ? 0 : n_in / COLUMNS;
 #ifdef NUMBER
-        if (n_in % COLUMNS) {
-            add_singly(row.weights.numbers + i64(row.index) * n_in, x, n, n_in, total);
-            row = next(), units = 0;
-        }
+        if (n_in % COLUMNS) add_singly(row.weights.numbers + i64(row.index) * n_in, x, n, n_in, total);
 #endif
+        int at = 0;
 #pragma unroll 1
-        for (int at = 0; at < units; at += AHEAD * WARP) {
-            int then = at + AHEAD * WARP;
-            if (then >= units) row = next(), then = 0;
-#pragma unroll
-            for (int u = 0; u < AHEAD; u++) {
-                const Unit unit = ahead[u];
-                ask(u, then, units);
-                const int own = at + WARP * u + lane_id();
-                if (own < units) add_products(unit, x + own * INPUTS, n, units, total);
-            }
-        }
+        for (; at + AHEAD * WARP < units; at += AHEAD * WARP) round(x, n, units, at, at + AHEAD * WARP, total);
+        row = next();
+        round(x, n, units, at, 0, total);
 #pragma unroll
         for (int j = 0; j < ROWS; j++) total[j] = sum_over(total[j]);
     }
