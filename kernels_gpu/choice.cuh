@@ -2,22 +2,27 @@
 // chooses, so that no launch is spent on it and the others go on.
 //
 // Every RUN tokens have their maximum and their sum of exponentials noted, for each head. From these come the softmax
-// and, for each run, a number that its best token reaches and one that none of its tokens exceeds. The m-th largest of
-// the former bounds the choice from below, so that only runs whose latter reaches it are read token by token. What is
-// noted does not depend on which block a token was scored by, so results do not depend on the grid.
+// and, for each run, a number that its best token reaches and one that none of its tokens exceeds. Where few are wanted,
+// the m-th largest of the former bounds the choice from below, so that only runs whose latter reaches it are read token by
+// token. Where many are, most runs would be, and their bound would be loose: all tokens are read, and how many have which
+// rank, to a part in a hundred, is counted. Tokens that reach the bound are listed, and the m best of the list are exactly
+// those of all. What is noted does not depend on which block a token was scored by, so results do not depend on the grid.
 //
 // Macros: GROUP (query heads of a KV head), INTERLEAVED (how positions of logits go with tokens). The grid is
-// (parts, H_kv, B), of THREADS threads, with dynamic shared memory of a bit for each position.
+// (parts, H_kv, B), of THREADS threads, with dynamic shared memory of a bit for each position if there are no `marks`.
 #pragma once
 #include "selection.cuh"
 
 constexpr int WARPS = 8, THREADS = WARPS * WARP;
 constexpr int RUN = 16;
-constexpr int LISTED = 2048;  // tokens that may be looked through in shared memory; more are where they lie
+constexpr int FEW = 4;                           // or more runs for each token that is wanted: its best one bounds others
+constexpr int STEP = 17;  // bits that are left out where ranks are counted, so that DIGITS are 32 octaves below the largest
 constexpr int LOOK = 4;                          // bounds on their way to a thread
 constexpr int OPEN = LOOK * THREADS;             // runs that are read after one look at the bounds
 constexpr int READ = GROUP > 8 ? 1 : 4;          // runs on their way to a half warp
 constexpr int AHEAD = GROUP < 8 ? 8 / GROUP : 1;  // runs on their way to a thread that needs only what is noted of them
+constexpr int FOURS = GROUP > 4 ? 1 : 4 / GROUP;  // times four tokens on their way to a thread, with all heads
+constexpr int RANKED = 4;                        // the same of their ranks
 
 // Where a token's logit stands: in the 4-bit index 16 tokens share 16 words, of which each is one thread's.
 DEVICE int token_at(int position) {
@@ -36,6 +41,8 @@ struct Choice {
     float2* runs;    // [GROUP, positions / RUN]: maximum, and the sum of exp(logit - maximum); 0 if that is -inf
     float* sums;     // [positions / RUN]: maximum of the logits' sum over heads; null if probabilities decide
     u32* ranks;      // [positions], scratch
+    u64* listed;     // [positions], scratch
+    u32* marks;      // [positions / 32], scratch; null: in shared memory
     int* rows;       // [k]: what is chosen
     float* weights;  // [GROUP, k]: its probabilities
     int* counts;     // [3]: how many stay; the sum of that over the calls that chose, and their number. Null: all stay
@@ -45,17 +52,17 @@ struct Choice {
     DEVICE Choice of(int kv_head) const {
         const i64 at = i64(kv_head) * positions;
         return {
-            logits + GROUP * at, runs + GROUP * at / RUN, sums ? sums + at / RUN : nullptr, ranks + at,
-            rows + i64(kv_head) * k, weights + i64(kv_head) * GROUP * k, counts ? counts + 3 * i64(kv_head) : nullptr,
+            logits + GROUP * at, runs + GROUP * at / RUN, sums ? sums + at / RUN : nullptr, ranks + at, listed + at,
+            marks ? marks + i64(kv_head) * ((positions + 31) / 32) : nullptr, rows + i64(kv_head) * k, weights + i64(kv_head) * GROUP * k, counts ? counts + 3 * i64(kv_head) : nullptr,
             positions, k, local, least,
         };
     }
 };
 
 // The arguments of a kernel that ends with them, and the same for the calling block's KV head.
-#define CHOICE float *logits, float2 *runs, float *sums, u32 *ranks, int *rows, float *weights, int *counts, \
-    int positions, int k, int local, float least
-#define CHOSEN Choice{logits, runs, sums, ranks, rows, weights, counts, positions, k, local, least}.of(kv_head_id())
+#define CHOICE float *logits, float2 *runs, float *sums, u32 *ranks, u64 *listed, u32 *marks, int *rows, float *weights, \
+    int *counts, int positions, int k, int local, float least
+#define CHOSEN Choice{logits, runs, sums, ranks, listed, marks, rows, weights, counts, positions, k, local, least}.of(kv_head_id())
 
 DEVICE int kv_head_id() { return blockIdx.z * gridDim.y + blockIdx.y; }
 
@@ -94,25 +101,20 @@ DEVICE void put_sums(const Choice& c, int at, const float (&x)[N]) {
 
 // Shared memory, which scores no longer need.
 struct Chooser {
-    float part[GROUP][WARPS], high[GROUP], scale[GROUP];  // exp(logit - high) times scale is a probability
+    float2 part[GROUP][WARPS];           // maxima, and sums of exponentials
+    float high[GROUP], scale[GROUP];     // exp(logit - high) times scale is a probability
     Tally tally;
-    u64 listed[LISTED];
+    u32 top;                             // no rank is above it
     int open[OPEN], n_open, n_listed;
 };
 
-// A number of each head, of all threads, joined in s.part[head][0] by the thread that has the head's number.
-template <class Join>
-DEVICE void join_threads(float (&x)[GROUP], Chooser& s, const Join& join) {
-#pragma unroll
-    for (int g = 0; g < GROUP; g++) {
-#pragma unroll
-        for (int step = WARP / 2; step > 0; step /= 2) x[g] = join(x[g], __shfl_xor_sync(ALL, x[g], step));
-        if (lane_id() == 0) s.part[g][threadIdx.x / WARP] = x[g];
-    }
-    __syncthreads();
-    if (threadIdx.x < GROUP)
-        for (int warp = 1; warp < WARPS; warp++)
-            s.part[threadIdx.x][0] = join(s.part[threadIdx.x][0], s.part[threadIdx.x][warp]);
+// Joins a head's maximum and sum of exponentials with others, which stand beside it.
+DEVICE void join_sums(float& high, float& total, const float2* others, int n, int apart) {
+    const float before = high;
+    for (int i = 0; i < n; i++) high = fmaxf(high, others[i * apart].x);
+    const float base = high == -INFINITE ? 0.0f : high;
+    total *= __expf(before - base);
+    for (int i = 0; i < n; i++) total += others[i * apart].y * __expf(others[i * apart].x - base);
 }
 
 // Highest logits and what makes exponentials probabilities: 0 if nothing, or something infinite, is highest.
@@ -121,24 +123,29 @@ DEVICE void find_softmax(const Choice& c, int n, Chooser& s) {
     float high[GROUP], total[GROUP];
 #pragma unroll
     for (int g = 0; g < GROUP; g++) high[g] = -INFINITE, total[g] = 0.0f;
-#pragma unroll AHEAD
-    for (int i = threadIdx.x; i < runs; i += THREADS)
+    for (int first = threadIdx.x; first < runs; first += AHEAD * THREADS) {
+        float2 run[AHEAD * GROUP];
 #pragma unroll
-        for (int g = 0; g < GROUP; g++) high[g] = fmaxf(high[g], c.runs[i64(g) * span + i].x);
-    join_threads(high, s, [](float a, float b) { return fmaxf(a, b); });
-    if (threadIdx.x < GROUP) s.high[threadIdx.x] = s.part[threadIdx.x][0];
+        for (int u = 0; u < AHEAD; u++)
+#pragma unroll
+            for (int g = 0; g < GROUP; g++) {
+                const int i = first + u * THREADS;
+                run[u * GROUP + g] = i < runs ? c.runs[i64(g) * span + i] : make_float2(-INFINITE, 0.0f);
+            }
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) join_sums(high[g], total[g], run + g, AHEAD, GROUP);
+    }
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) {
+        const float most = max_over(high[g]);
+        const float sum = sum_over(total[g] * __expf(high[g] - (most == -INFINITE ? 0.0f : most)));
+        if (lane_id() == 0) s.part[g][threadIdx.x / WARP] = make_float2(most, sum);
+    }
     __syncthreads();
-#pragma unroll AHEAD
-    for (int i = threadIdx.x; i < runs; i += THREADS)
-#pragma unroll
-        for (int g = 0; g < GROUP; g++) {
-            const float2 run = c.runs[i64(g) * span + i];
-            total[g] += run.y * __expf(run.x - s.high[g]);
-        }
-    join_threads(total, s, [](float a, float b) { return a + b; });
-    if (threadIdx.x < GROUP) {
-        const int g = threadIdx.x;
-        s.scale[g] = fabsf(s.high[g]) < INFINITE ? 1.0f / s.part[g][0] : 0.0f;
+    for (int g = threadIdx.x; g < GROUP; g += THREADS) {
+        float most = -INFINITE, sum = 0.0f;
+        join_sums(most, sum, s.part[g], WARPS, 1);
+        s.high[g] = most, s.scale[g] = fabsf(most) < INFINITE ? 1.0f / sum : 0.0f;
     }
     __syncthreads();
 }
@@ -147,14 +154,16 @@ DEVICE float probability(const Chooser& s, int head, float logit) {
     return s.scale[head] > 0.0f ? __expf(logit - s.high[head]) * s.scale[head] : 0.0f;
 }
 
+// A token's rank with another head.
+DEVICE float with_head(const Choice& c, const Chooser& s, float rank, int head, float logit) {
+    return rank + (c.sums ? logit : probability(s, head, logit));
+}
+
 DEVICE u32 rank_at(const Choice& c, const Chooser& s, int position) {
     float rank = 0.0f;
 #pragma unroll
-    for (int g = 0; g < GROUP; g++) {
-        const float logit = c.logits[i64(g) * c.positions + position];
-        rank += c.sums ? logit : probability(s, g, logit);
-    }
-    return order_of(rank);
+    for (int g = 0; g < GROUP; g++) rank = with_head(c, s, rank, g, c.logits[i64(g) * c.positions + position]);
+    return min(order_of(rank), s.top);
 }
 
 // What the best token of a run reaches, and what none exceeds. A run in which not all are among the first n tokens
@@ -171,20 +180,46 @@ DEVICE float2 bounds_of(const Choice& c, int n, int run, const Chooser& s) {
     return make_float2(least, most);
 }
 
-// Bounds take the place of what was noted of head 0: there after the next barrier, before which none is read. Returns a
-// rank that m of the first n tokens reach.
-DEVICE u32 find_bound(const Choice& c, int n, int m, Chooser& s) {
-    const int runs = runs_of(n);
-    for_each<AHEAD>(runs, [&](int i) { return bounds_of(c, n, i, s); }, [&](int i, float2 x) { c.runs[i] = x; });
-    if (runs < m) return 0;
-    const auto key = [&](int i) { return u64(order_of(c.runs[i].x)) << 32; };
-    return u32(least_of_largest(runs, m, 2, s.tally, key) >> 32);
+// Sets what no rank is above.
+DEVICE void find_top(const Choice& c, int n, Chooser& s) {
+    float top = -INFINITE;
+    if (c.sums) {
+        for (int i = threadIdx.x; i < runs_of(n); i += THREADS) top = fmaxf(top, c.sums[i]);
+        top = block_max(top, &s.part[0][0].x);
+    } else {
+        top = 0.0f;
+        for (int g = 0; g < GROUP; g++) top += s.scale[g];
+    }
+    s.top = order_of(top);
+    __syncthreads();
 }
 
-// Lists the tokens of the first n that reach the bound, and counts those that find no place.
-DEVICE void list_tokens(const Choice& c, int n, u32 bound, Chooser& s) {
+// Ranks that are counted as one, DIGITS - 1 the largest; far below them are all that have digit 0.
+DEVICE void count_rank(Chooser& s, u32 rank) {
+    atomicAdd(&s.tally.count[DIGITS - 1 - min(DIGITS - 1, int((s.top - rank) >> STEP))], 1);
+}
+
+// The least rank, of tokens, that has the digit which was found.
+DEVICE u32 least_counted(const Chooser& s) {
+    const u32 below = u32(DIGITS - s.tally.digit) << STEP;
+    return s.tally.digit > 0 && s.top > below ? s.top - below + 1 : 1;
+}
+
+// A rank that m of the first n tokens reach, by what is noted of m or more runs; bounds take the place of what was noted
+// of head 0: there after the next barrier, before which none is read.
+DEVICE u32 bound_by_runs(const Choice& c, int n, int m, Chooser& s) {
+    clear_digits(s.tally);
+    for_each<AHEAD>(runs_of(n), [&](int i) { return bounds_of(c, n, i, s); }, [&](int i, float2 x) {
+        c.runs[i] = x;
+        count_rank(s, min(order_of(x.x), s.top));
+    });
+    find_digit(m, s.tally);
+    return least_counted(s);
+}
+
+// Lists the tokens of the first n that reach the bound, by their runs.
+DEVICE void list_by_runs(const Choice& c, int n, u32 bound, Chooser& s) {
     const int runs = runs_of(n), half_warp = threadIdx.x / RUN;
-    if (threadIdx.x == 0) s.n_listed = 0;
     for (int first = 0; first < runs; first += OPEN) {
         if (threadIdx.x == 0) s.n_open = 0;
         __syncthreads();
@@ -212,32 +247,89 @@ DEVICE void list_tokens(const Choice& c, int n, u32 bound, Chooser& s) {
             }
 #pragma unroll
             for (int u = 0; u < READ; u++) {
-                const bool wanted = token[u] < n && rank[u] >= bound;
-                const int at = place_in(&s.n_listed, wanted);
-                if (wanted && at < LISTED) s.listed[at] = key_of(rank[u], token[u]);
+                const int at = place_in(&s.n_listed, rank[u] >= bound);
+                if (rank[u] >= bound) c.listed[at] = key_of(rank[u], token[u]);
             }
         }
         __syncthreads();
     }
 }
 
+// Four tokens' logits.
+struct Four {
+    float4 of[GROUP];
+};
+
+// Ranks all tokens of the first n, others 0. Returns a rank that m of them reach, and few more.
+DEVICE u32 bound_by_ranks(const Choice& c, int n, int m, Chooser& s) {
+    clear_digits(s.tally);
+    const auto load = [&](int i) {
+        Four x;
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) x.of[g] = reinterpret_cast<const float4*>(c.logits + i64(g) * c.positions)[i];
+        return x;
+    };
+    for_each<FOURS>(RUN / 4 * runs_of(n), load, [&](int i, const Four& x) {
+        float rank[4] = {};
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) {
+            const float logit[4] = {x.of[g].x, x.of[g].y, x.of[g].z, x.of[g].w};
+#pragma unroll
+            for (int t = 0; t < 4; t++) rank[t] = with_head(c, s, rank[t], g, logit[t]);
+        }
+        u32 order[4];
+#pragma unroll
+        for (int t = 0; t < 4; t++) {
+            order[t] = token_at(4 * i + t) < n ? min(order_of(rank[t]), s.top) : 0;
+            if (order[t] > 0) count_rank(s, order[t]);
+        }
+        reinterpret_cast<uint4*>(c.ranks)[i] = make_uint4(order[0], order[1], order[2], order[3]);
+    });
+    find_digit(m, s.tally);
+    return least_counted(s);
+}
+
+// Lists the tokens of the first n that reach the bound, by their ranks.
+DEVICE void list_by_ranks(const Choice& c, int n, u32 bound, Chooser& s) {
+    const int fours = RUN / 4 * runs_of(n);
+    for (int first = 0; first < fours; first += RANKED * THREADS) {
+        uint4 x[RANKED];
+        int reach = 0;
+#pragma unroll
+        for (int u = 0; u < RANKED; u++) {
+            const int i = first + u * THREADS + threadIdx.x;
+            x[u] = i < fours ? reinterpret_cast<const uint4*>(c.ranks)[i] : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int u = 0; u < RANKED; u++)
+            reach += (x[u].x >= bound) + (x[u].y >= bound) + (x[u].z >= bound) + (x[u].w >= bound);
+        int at = places_in(&s.n_listed, reach);
+#pragma unroll
+        for (int u = 0; u < RANKED; u++) {
+            const u32 rank[4] = {x[u].x, x[u].y, x[u].z, x[u].w};
+#pragma unroll
+            for (int t = 0; t < 4; t++) {
+                const int token = token_at(4 * (first + u * THREADS + threadIdx.x) + t);
+                if (rank[t] >= bound) c.listed[at++] = key_of(rank[t], token);
+            }
+        }
+    }
+    __syncthreads();
+}
+
 // Marks the m best of the first n tokens.
 DEVICE void mark_best(const Choice& c, int n, int m, u32* marks, Chooser& s) {
     for (int i = threadIdx.x; i < (n + 31) / 32; i += THREADS) marks[i] = 0;
-    list_tokens(c, n, find_bound(c, n, m, s), s);
-    if (s.n_listed <= LISTED) {
-        const u64 least = least_of_largest(s.n_listed, m, ALL_DIGITS, s.tally, [&](int i) { return s.listed[i]; });
-        for (int i = threadIdx.x; i < s.n_listed; i += THREADS)
-            if (s.listed[i] >= least) mark(marks, int(~u32(s.listed[i])));
-        return;
-    }
-    const int positions = RUN * runs_of(n);
-#pragma unroll 1
-    for (int i = threadIdx.x; i < positions; i += THREADS) c.ranks[i] = token_at(i) < n ? rank_at(c, s, i) : 0;
-    const auto key = [&](int i) { return token_at(i) < n ? key_of(c.ranks[i], token_at(i)) : 0; };
-    const u64 least = least_of_largest(positions, m, ALL_DIGITS, s.tally, key);
-    for (int i = threadIdx.x; i < positions; i += THREADS)
-        if (token_at(i) < n && key(i) >= least) mark(marks, token_at(i));
+    if (threadIdx.x == 0) s.n_listed = 0;
+    find_top(c, n, s);
+    u32 bound;
+    if (FEW * m <= runs_of(n)) bound = bound_by_runs(c, n, m, s), list_by_runs(c, n, bound, s);
+    else bound = bound_by_ranks(c, n, m, s), list_by_ranks(c, n, bound, s);
+    const auto key = [&](int i) { return c.listed[i]; };
+    const u64 least = least_of_largest(s.n_listed, m, u64(bound) << 32, u64(s.top) << 32 | ALL, s.tally, key);
+    for_each<4>(s.n_listed, key, [&](int, u64 its) {
+        if (its >= least) mark(marks, int(~u32(its)));
+    });
 }
 
 // A weight to the power of the share of the queries that was seen, in quarters.
@@ -256,13 +348,9 @@ DEVICE void keep_heavy(const Choice& c, int n, Chooser& s, float seen) {
         return temper(total, seen);
     };
     float sum = 0.0f;
+    __syncthreads();
     for (int i = threadIdx.x; i < c.k; i += THREADS) sum += own(i);
-    sum = sum_over(sum);
-    __syncthreads();
-    if (lane_id() == 0) s.part[0][threadIdx.x / WARP] = sum;
-    __syncthreads();
-    float total = 0.0f;
-    for (int warp = 0; warp < WARPS; warp++) total += s.part[0][warp];
+    const float total = block_sum(sum, &s.part[0][0].x);
     int kept = 0;
     for (int first = 0; first < c.k; first += THREADS) {
         const int i = first + threadIdx.x, row = i < c.k ? c.rows[i] : -1;
@@ -284,7 +372,7 @@ DEVICE void keep_heavy(const Choice& c, int n, Chooser& s, float seen) {
 // Chooses k of the first n tokens, if all blocks that had some of them have come here. All threads of a block call. seen:
 // see choose_components, wanted if there are counts.
 DEVICE void choose(const Choice& c, int n, int blocks, int* done, Chooser& s, float seen = 1.0f) {
-    extern __shared__ u32 marks[];
+    extern __shared__ u32 shared_marks[];
     if (!is_last(done, blocks)) return;
     find_softmax(c, n, s);
     const int chosen = min(n, c.k), m = c.k - c.local;
@@ -292,17 +380,26 @@ DEVICE void choose(const Choice& c, int n, int blocks, int* done, Chooser& s, fl
     for (int i = threadIdx.x; i < chosen; i += THREADS)
         if (all || i >= m) c.rows[i] = n - chosen + i;
     if (!all && m > 0) {
+        u32* marks = c.marks ? c.marks : shared_marks;
         mark_best(c, n - c.local, m, marks, s);
         __syncthreads();
         write_marked(marks, (n - c.local + 31) / 32, 0, c.rows, s.tally.warps);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < chosen; i += THREADS) {
+    struct Logits {
+        float of[GROUP];
+    };
+    const auto load = [&](int i) {
+        Logits x;
         const int position = position_of(c.rows[i]);
 #pragma unroll
-        for (int g = 0; g < GROUP; g++)
-            c.weights[i64(g) * c.k + i] = probability(s, g, c.logits[i64(g) * c.positions + position]);
-    }
+        for (int g = 0; g < GROUP; g++) x.of[g] = c.logits[i64(g) * c.positions + position];
+        return x;
+    };
+    for_each<AHEAD>(chosen, load, [&](int i, const Logits& x) {
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) c.weights[i64(g) * c.k + i] = probability(s, g, x.of[g]);
+    });
     if (!c.counts) return;
     if (!all) keep_heavy(c, n, s, seen);
     else if (threadIdx.x == 0) c.counts[0] = n;

@@ -1,14 +1,13 @@
 // The largest of many numbers, found by a block of threads: exactly so many, of equal ones the first, as they lie.
 //
-// Numbers are told apart by keys of 64 bits: in the order of the numbers, then of their places. How many keys begin with
-// which digit is counted; the digit in which the m-th largest falls is kept, and those that begin with it are counted by
-// their next digit, until all of them are among the m. So time grows with the length, in whatever order numbers lie.
+// Numbers are told apart by keys of 64 bits: in the order of the numbers, then of their places. How many keys lie in which
+// of DIGITS equal parts of all that there can be is counted; the part in which the m-th largest falls is kept, and divided
+// in turn, until all that lie in it are among the m. So time grows with the length, in whatever order numbers lie.
 #pragma once
 #include "common.cuh"
 
 
-constexpr int KEY_BITS = 64, DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS;
-constexpr int ALL_DIGITS = (KEY_BITS + DIGIT_BITS - 1) / DIGIT_BITS;
+constexpr int DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS;
 
 // u32 in the order of float32; NaN counts as -inf, and both zeros are one. No arithmetic, which flushes subnormals.
 DEVICE u32 order_of(float x) {
@@ -33,7 +32,19 @@ DEVICE void for_each(int n, const Load& load, const Use& use) {
     }
 }
 
-// The next free place for each lane that wants one; a warp asks once. All lanes call.
+// The first of so many free places, for each lane; a warp asks once. All lanes call.
+DEVICE int places_in(int* count, int wanted) {
+    int sum = wanted, first = 0;
+#pragma unroll
+    for (int step = 1; step < WARP; step *= 2) {
+        const int before = __shfl_up_sync(ALL, sum, step);
+        if (lane_id() >= step) sum += before;
+    }
+    if (lane_id() == WARP - 1 && sum) first = atomicAdd(count, sum);
+    return __shfl_sync(ALL, first, WARP - 1) + sum - wanted;
+}
+
+// The same of one for each lane that wants one.
 DEVICE int place_in(int* count, bool wanted) {
     const u32 votes = __ballot_sync(ALL, wanted), before = votes & ((1u << lane_id()) - 1);
     int first = 0;
@@ -61,37 +72,44 @@ DEVICE int sum_before(int x, int* shared) {
     return sum_over(lane_id() < warp ? shared[lane_id()] : 0) + sum - x;
 }
 
-// A number that exactly the m largest of keys key(i), i < n, reach; after fewer than all digits, or if keys are equal,
-// perhaps more. 0 < m <= n. All threads of a block call, of a power of two up to 1024; none reads a key before a barrier.
+// All threads of a block call, of a power of two up to 1024; ends with a barrier.
+DEVICE void clear_digits(Tally& tally) {
+    for (int i = threadIdx.x; i < DIGITS; i += blockDim.x) tally.count[i] = 0;
+    __syncthreads();
+}
+
+// Tells the digit of the m-th largest of what was counted. The same threads call; begins and ends with a barrier.
+DEVICE void find_digit(int m, Tally& tally) {
+    __syncthreads();
+    // Threads share the digits among them, the first threads the largest.
+    const int own = DIGITS / blockDim.x, top = DIGITS - 1 - threadIdx.x * own;
+    int sum = 0;
+    for (int i = 0; i < own; i++) sum += tally.count[top - i];
+    int above = sum_before(sum, tally.warps);
+    if (above < m && m <= above + sum) {
+        int digit = top;
+        while (above + tally.count[digit] < m) above += tally.count[digit--];
+        tally.digit = digit, tally.above = above, tally.within = tally.count[digit];
+    }
+    __syncthreads();
+}
+
+// A number that exactly the m largest of keys key(i), i < n, reach; if keys are equal, perhaps more. 0 < m <= n; no key is
+// below `low` or above `high`. The same threads call; none reads a key before a barrier.
 template <class Key>
-DEVICE u64 least_of_largest(int n, int m, int digits, Tally& tally, const Key& key) {
-    u64 found = 0;
-    int shift = KEY_BITS;
-    for (int d = 0; d < digits; d++) {
-        const int bits = min(DIGIT_BITS, shift);
-        shift -= bits;
-        for (int i = threadIdx.x; i < DIGITS; i += blockDim.x) tally.count[i] = 0;
-        __syncthreads();
+DEVICE u64 least_of_largest(int n, int m, u64 low, u64 high, Tally& tally, const Key& key) {
+    for (int bits = 64 - __clzll(i64(high - low)); bits > 0;) {
+        const int shift = max(0, bits - DIGIT_BITS);
+        clear_digits(tally);
         for_each<4>(n, key, [&](int, u64 its) {
-            if (its >> shift >> bits == found) atomicAdd(&tally.count[int(its >> shift) & ((1 << bits) - 1)], 1);
+            const u64 part = (its - low) >> shift;
+            if (part >> (bits - shift) == 0) atomicAdd(&tally.count[int(part)], 1);
         });
-        __syncthreads();
-        // Threads share the digits among them, the first threads the largest.
-        const int own = DIGITS / blockDim.x, top = DIGITS - 1 - threadIdx.x * own;
-        int sum = 0;
-        for (int i = 0; i < own; i++) sum += tally.count[top - i];
-        int above = sum_before(sum, tally.warps);
-        if (above < m && m <= above + sum) {
-            int digit = top;
-            while (above + tally.count[digit] < m) above += tally.count[digit--];
-            tally.digit = digit, tally.above = above, tally.within = tally.count[digit];
-        }
-        __syncthreads();
-        found = found << bits | u64(tally.digit);
-        m -= tally.above;
+        find_digit(m, tally);
+        low += u64(tally.digit) << shift, m -= tally.above, bits = shift;
         if (m == tally.within) break;
     }
-    return found << shift;
+    return low;
 }
 
 // Which of the first `words` of marks have bits set, ascending from `first` on, to rows. All threads of a block call.

@@ -124,6 +124,8 @@ class SparseOps(BaseOps):
         runs = self._buffer("runs of slots", (n_seq, n_head, positions // RUN, 2))
         sums = self._buffer("sums of logits", (n_seq, n_head_kv, positions // RUN)) if sum_logits else None
         ranks = self._buffer("ranks", (n_seq, n_head_kv, positions), np.uint32)
+        listed = self._buffer("listed", (n_seq, n_head_kv, positions), np.uint64)
+        shared, marks = self._marks(n_seq * n_head_kv, positions)
         rows = self._buffer("rows", (n_seq, n_head_kv, k), np.int32)
         weights = self._buffer("weights of rows", (n_seq, n_head, k))
         # A block more for rows that a coded index has not.
@@ -131,17 +133,17 @@ class SparseOps(BaseOps):
         self._launch(
             file, name, (parts, n_head_kv, n_seq), THREADS, *arrays, q, self._on_device(stop),
             *(() if components is None else (components,)), self._counters(n_seq * n_head_kv), logits, runs, sums,
-            ranks, rows, weights, counts, positions, k, local, float(least), shared=self._marks(positions),
+            ranks, listed, marks, rows, weights, counts, positions, k, local, float(least), shared=shared,
             GROUP=n_head // n_head_kv, **constants,
         )  # fmt: skip
         return rows, weights
 
-    def _marks(self, slots: int) -> int:
-        """Bytes of shared memory with a bit for each slot."""
-        size = 4 * -(-slots // 32)
-        if size + CHOOSER > max(STANDARD, self.device.shared_memory):
-            raise ValueError(f"the best of {slots} slots cannot be chosen in {self.device.shared_memory} bytes")
-        return size
+    def _marks(self, heads: int, slots: int) -> tuple[int, Array | None]:
+        """A bit for each slot: bytes of shared memory, or where these are too many, scratch of the heads."""
+        words = -(-slots // 32)
+        if 4 * words + CHOOSER <= STANDARD:
+            return 4 * words, None
+        return 0, self._buffer("marks", (heads, words), np.uint32)
 
     def top_k(self, ranks: Array, stop: np.ndarray, k: int, head: int = 0, tail: int = 0) -> Array:
         check_rows(ranks, stop, k, head, tail)
@@ -150,10 +152,11 @@ class SparseOps(BaseOps):
             raise ValueError(f"ranks of {ranks.dtype} with strides {ranks.strides} are no rows of float32")
         rows = self._buffer("top k", (n_seq, heads, k), np.int32)
         spans = (np.int64(stride // ranks.itemsize) for stride in ranks.strides[:2])
+        shared, marks = self._marks(n_seq * heads, slots)
         threads = max(THREADS, min(1024, 1 << math.ceil(math.log2(max(1, slots // 8)))))
         self._launch(
             "selection.cu", "top_k", (heads, n_seq), threads, ranks, *spans, self._on_device(stop), k, head, tail, rows,
-            shared=self._marks(slots),
+            marks, -(-slots // 32), shared=shared,
         )  # fmt: skip
         return rows
 

@@ -60,6 +60,23 @@ def test_top_k(ops: Any, order: str) -> None:
             assert np.array_equal(ours, truth), (n, chosen)
 
 
+@pytest.mark.parametrize("order", test_sparse_ops.orders(1))
+def test_the_best_of_all_kinds(ops: Any, order: str) -> None:
+    """Few, by what is noted of runs, and many: of logits that are an index's only component."""
+    index, q, stop = np.zeros((2, 1, 700, 8), np.float32), np.zeros((2, 1, 8), np.float32), int32(700, 650)
+    index[..., 0], q[..., 0] = test_sparse_ops.orders(700)[order][:, None], 1.0
+    for k in (8, 200):
+        ours, truth = (d.approximate_top_k(q, index_of(d, index), stop, 1, k, 2, True) for d in (ops, TRUTH))
+        assert np.array_equal(ours[0], truth[0]), k
+        assert_close(ours[1], truth[1], 1e-5)
+
+
+def test_marks_that_fit_no_shared_memory(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_ops, "STANDARD", 0)
+    test_the_best_of_all_kinds(ops, "random")
+    test_top_k(ops, "random")
+
+
 def test_top_k_of_a_part_of_an_array(ops: Any) -> None:
     ranks, stop = normal(2, 5, 300), int32(200, 70)
     ours = ops.ops.top_k(on(ops, ranks)[:, ::2, 50:], stop, 64)
@@ -270,7 +287,7 @@ def test_in_another_order(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of blocks and of threads."""
     ops = emulated_ops(seed)
     test_the_best(ops, *CASES[1])
-    test_codes(ops, "q8_0", 2, 2, 64, monkeypatch)
+    test_codes(ops, "q8_0", 2, 2, 64, 1024, monkeypatch)
     test_whole_keys_and_rows(ops, "f16", 7, 1, 100)
     test_heavy_rows(ops, *CASES[0], 300)
     test_more_equals_than_are_listed(ops, 5)
