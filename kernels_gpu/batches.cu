@@ -5,6 +5,7 @@
 // A block takes TILE rows of weights and a part of their columns, so that there are blocks for the whole card; the last
 // of a tile to be done adds up the parts, in their order. BLOCKS of them run on a multiprocessor at a time.
 #include "halves.cuh"
+#include "instructions.cuh"
 #include "mma.cuh"
 
 constexpr int WARPS = 4, THREADS = WARPS * WARP, TILE = WARPS * 32;
@@ -136,22 +137,14 @@ DEVICE void ask(const u16* x, int n, int n_in, int column, uint4* to) {
         if (SEQUENCES < AT_ONCE && sequence >= SEQUENCES) break;
         const bool is = sequence < n && first < n_in;
         const u16* from = x + (is ? i64(sequence) * n_in + first : 0);
-        uint4* at = to + place(sequence, c, t);
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-        asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(u32(__cvta_generic_to_shared(at))), "l"(from),
-                     "r"(is ? 16 : 0)
-                     : "memory");
-#else
-        *at = is ? *reinterpret_cast<const uint4*>(from) : make_uint4(0, 0, 0, 0);
-#endif
+        copy_ahead(to + place(sequence, c, t), reinterpret_cast<const uint4*>(from), is);
     }
+    end_copies();
 }
 
 // Waits, with all threads of the block, for what was asked for.
 DEVICE void arrived() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
+    await_copies<0>();
     __syncthreads();
 }
 

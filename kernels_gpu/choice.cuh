@@ -53,8 +53,8 @@ struct Choice {
         const i64 at = i64(kv_head) * positions;
         return {
             logits + GROUP * at, runs + GROUP * at / RUN, sums ? sums + at / RUN : nullptr, ranks + at, listed + at,
-            marks ? marks + i64(kv_head) * ((positions + 31) / 32) : nullptr, rows + i64(kv_head) * k, weights + i64(kv_head) * GROUP * k, counts ? counts + 3 * i64(kv_head) : nullptr,
-            positions, k, local, least,
+            marks ? marks + i64(kv_head) * ((positions + 31) / 32) : nullptr, rows + i64(kv_head) * k,
+            weights + i64(kv_head) * GROUP * k, counts ? counts + 3 * i64(kv_head) : nullptr, positions, k, local, least,
         };
     }
 };
@@ -62,7 +62,8 @@ struct Choice {
 // The arguments of a kernel that ends with them, and the same for the calling block's KV head.
 #define CHOICE float *logits, float2 *runs, float *sums, u32 *ranks, u64 *listed, u32 *marks, int *rows, float *weights, \
     int *counts, int positions, int k, int local, float least
-#define CHOSEN Choice{logits, runs, sums, ranks, listed, marks, rows, weights, counts, positions, k, local, least}.of(kv_head_id())
+#define CHOSEN                                                                                                \
+    Choice{logits, runs, sums, ranks, listed, marks, rows, weights, counts, positions, k, local, least}.of(kv_head_id())
 
 DEVICE int kv_head_id() { return blockIdx.z * gridDim.y + blockIdx.y; }
 

@@ -49,24 +49,6 @@ DEVICE float low_half(u32 pair) { return to_float(u16(pair)); }
 DEVICE float high_half(u32 pair) { return to_float(u16(pair >> 16)); }
 DEVICE u32 two_halves(float low, float high) { return u32(to_half(low)) | u32(to_half(high)) << 16; }
 
-DEVICE u32 minus(u32 a, u32 b) {
-#ifdef __CUDA_ARCH__
-    asm("sub.f16x2 %0, %1, %2;" : "=r"(a) : "r"(a), "r"(b));
-    return a;
-#else
-    return two_halves(low_half(a) - low_half(b), high_half(a) - high_half(b));
-#endif
-}
-
-DEVICE u32 times(u32 a, u32 b) {
-#ifdef __CUDA_ARCH__
-    asm("mul.f16x2 %0, %1, %2;" : "=r"(a) : "r"(a), "r"(b));
-    return a;
-#else
-    return two_halves(low_half(a) * low_half(b), high_half(a) * high_half(b));
-#endif
-}
-
 // -- warps and blocks -------------------------------------------------------------------------------------------------
 
 DEVICE int lane_id() { return threadIdx.x % WARP; }

@@ -2,8 +2,6 @@
 #include "extremes.cuh"
 #include "softmax.cuh"
 
-using u64 = unsigned long long;
-
 // See Ops.evict. scores and positions [B, H, slots], sequences and heads apart as said, slot [B, H]. A block for each
 // head: grid (H, B). Where a number lies outside the slots, nothing is done.
 KERNEL evict(

@@ -7,8 +7,6 @@
 #include "latents.cuh"
 #include "mma.cuh"
 
-using u64 = unsigned long long;
-
 constexpr int D = HEAD_DIM;
 constexpr int COLUMNS = (D + 7) / 8;  // of eight numbers, in a head
 constexpr int WARPS = 8, THREADS = WARPS * WARP;
