@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 from paper_results import Quality, Row
 from paper_tables import table
 
 MORE = 1.02  # bytes of a fixed k over those of an adaptive one, at most, to be called equal
+
+Point = tuple[float, float]  # bytes, divergence
 
 _SPARQ = re.compile(r"sparq(:r=\d+)?:k=(auto|\d+)(?::eps=[\d.]+)?")
 
@@ -47,20 +50,36 @@ def _point(p: Row) -> list[str]:
     return [f"`{p['policy']}`", f"{100 * p['read']:.1f} %", f"{p['kld']:.4f}"]
 
 
-def lower_than_fixed(measured: Mapping[str, Row]) -> tuple[int, int, int]:
-    """Adaptive points below the line of a fixed k with the same r, those that no fixed k beats, and all of them."""
-    found: dict[str, dict[bool, list[tuple[float, float]]]] = {}
+class Beside(NamedTuple):
+    """Adaptive points that have less divergence than a fixed k with as many bytes, and how many there are."""
+
+    same_r: int  # than one of the same r
+    best_r: int  # than one of whatever r is best
+    total: int
+
+
+def lower_than_fixed(measured: Mapping[str, Row]) -> dict[str, Beside]:
+    """By r, and of all: points beside lines through those of a fixed k."""
+    fixed: dict[str, list[Point]] = {}
+    auto: dict[str, list[Point]] = {}
     for policy, row in measured.items():
         match = _SPARQ.fullmatch(policy)
         if match:
-            of_r = found.setdefault(match[1] or "", {True: [], False: []})
-            of_r[match[2] == "auto"].append((row["kv_bytes_read"], row["kld"]))
-    every = [point for of_r in found.values() for point in of_r[False]]
-    below = unbeaten = total = 0
-    for of_r in found.values():
-        nbytes, divergence = np.array(sorted(of_r[False])).T
-        for own, kld in of_r[True]:
-            below += bool(np.log(kld) < np.interp(own, nbytes, np.log(divergence)))
-            unbeaten += not any(other <= own and d <= kld for other, d in every)
-            total += 1
-    return below, unbeaten, total
+            of = auto if match[2] == "auto" else fixed
+            of.setdefault(match[1] or "", []).append((row["kv_bytes_read"], row["kld"]))
+    every_fixed = [point for points in fixed.values() for point in points]
+    best = [p for p in every_fixed if not any(_beats(q, p) for q in every_fixed)]
+    found = {
+        r: Beside(sum(_below(p, fixed[r]) for p in points), sum(_below(p, best) for p in points), len(points))
+        for r, points in auto.items()
+    }
+    return found | {"all": Beside(*np.sum(list(found.values()), axis=0).tolist())}
+
+
+def _beats(p: Point, q: Point) -> bool:
+    return p != q and p[0] <= q[0] and p[1] <= q[1]
+
+
+def _below(point: Point, line: list[Point]) -> bool:
+    nbytes, divergence = np.array(sorted(line)).T
+    return bool(np.log(point[1]) < np.interp(point[0], nbytes, np.log(divergence)))

@@ -9,7 +9,8 @@ bandwidth() { minirt bandwidth "$@" --save "$results"; }
 
 minirt bandwidth machine -o json "$@" > "${results%.jsonl}_machine.json"
 # SparQ, table 4 and the logs behind it; GQA, which no paper timed; all policies beside each other
-sparq=sparq:r=16:k=64,sparq:r=32:k=128,sparq:r=32:k=128:k_index=q4,topk:k=128
+sparq=sparq:r=16:k=64,sparq:r=32:k=128,sparq:r=32:k=128:k_index=q4
+sparq=$sparq,sparq:r=16:k=64:k_index=none,sparq:r=32:k=128:k_index=none
 bandwidth attention --heads 32x128 -d 1024-65536*2 --policy $sparq "$@"
 bandwidth attention --heads 32x128 -b 4,16,64 -d 4096 --policy $sparq "$@"
 bandwidth attention --heads 32/8x128 -d 4096,16384,65536 --policy $sparq "$@"
@@ -24,7 +25,7 @@ bandwidth attention --heads 9/3x64 -d 8192 --kv f16,q8_0,q8_0/q4_0,q4_0 --policy
 bandwidth attention --heads 24/8x128 -d 8192 --kv f16,q8_0 --policy "$auto" "$@"
 # SparQ, figures 9 and 10, and the settings of its microbenchmark in a whole model
 figures=sparq:r=d/12:k=S/12,sparq:r=16:k=S/16,sparq:r=32:k=128
-bandwidth end-to-end --shape 7b --layers 4 -d 4096-131072*2 --rounds 25 --policy $figures "$@"
+bandwidth end-to-end --shape 7b --layers 4 -d 4096-131072*2,45000 --rounds 25 --policy $figures "$@"
 bandwidth end-to-end --shape 8b-gqa --layers 4 -d 4096,32768 --policy $figures "$@"
 bandwidth end-to-end -d 1024,4096,7168 --policy sparq:r=16:k=128,topk:k=128,$budgets "$@"
 [ -z "${TEXT:-}" ] ||

@@ -40,8 +40,8 @@ def _line(axes: Any, found: dict[int, Row], value: Callable[[Row], float], **sty
 
 
 def _attention(axes: Any, rows: Rows) -> None:
-    policies = (SMALL, SPARSE, CODED)
-    cells = rows.by_depth(("dense", *policies, ONE_LAYOUT), **ALONE, model=MHA, batch=1)
+    policies = (SMALL, SPARSE, CODED, ONE_LAYOUT)
+    cells = rows.by_depth(("dense", *policies), **ALONE, model=MHA, batch=1)
     for i, policy in enumerate(policies):
         found = {depth: cell[policy] for depth, cell in cells.items()}
         _line(axes, found, lambda r: r["speed_up"], marker="o", color=f"C{i}", label=policy)

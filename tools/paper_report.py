@@ -118,6 +118,7 @@ def report(rows: Rows, before: Rows, quality: Quality) -> str:
         real=tables.real(rows, quality),
         text=rows.text,
         real_text=tables.real(rows, quality, rows.text),
+        others=tables.others(rows),
         machine=tables.machine(tables.load("bandwidth_cpu_machine.json")),
         throughput=tables.throughput(rows, quality),
         palu=tables.palu(palu, quality),

@@ -125,7 +125,7 @@ def shares(policy: str, depth: int, head_dim: int) -> tuple[tuple[str, ...], dic
             numbers[key] = float(Fraction(value))
         elif key in ("r", "k", "budget") and value.isdecimal():
             numbers[key] = int(value) / (head_dim if key == "r" else depth)
-        else:
+        elif parameter != "k_index=none":  # the same keys, in fewer places
             words.append(parameter)
     return tuple(words), numbers
 

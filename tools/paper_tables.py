@@ -7,11 +7,12 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from paper_numbers import KEEPKV, PALU, SPARQ_CPU, SPARQ_GPU, TOVA
+import numpy as np
+from paper_numbers import DENSE_LINES, FIGURE_9, IPU, KEEPKV, PALU, SPARQ_CPU, SPARQ_GPU, TOVA
 from paper_results import HEAD_DIM, RANDOM, RESULTS, SMALL_HEAD_DIM, Quality, Row, Rows, prices_of, repeated
 
 SPARSE, SMALL, CODED = "sparq:r=32:k=128", "sparq:r=16:k=64", "sparq:r=32:k=128:k_index=q4"
-ONE_LAYOUT = "topk:k=128"
+ONE_SMALL, ONE_LAYOUT = f"{SMALL}:k_index=none", f"{SPARSE}:k_index=none"
 FIGURE_9_POLICY, FIGURE_10_POLICY = "sparq:r=d/12:k=S/12", "sparq:r=16:k=S/16"
 MHA, GQA, MODEL, GQA_MODEL = "32/32x128", "32/8x128", "7b Q8_0, 4 layers", "8b-gqa Q8_0, 4 layers"
 ALONE = {"benchmark": "attention", "kv": "f16"}
@@ -58,31 +59,37 @@ def over_limit(row: Row) -> float:
 
 
 def attention(rows: Rows, quality: Quality) -> str:
-    sparse, lines = (SMALL, SPARSE, CODED), []
-    for depth, cell in rows.by_depth(("dense", *sparse, ONE_LAYOUT), **ALONE, model=MHA, batch=1).items():
+    sparse, lines = (SMALL, ONE_SMALL, SPARSE, ONE_LAYOUT, CODED), []
+    for depth, cell in rows.by_depth(("dense", *sparse), **ALONE, model=MHA, batch=1).items():
         theirs = SPARQ_CPU.get(depth)
         lines.append([
             str(depth), ms(cell["dense"]["ms"]), f"{cell['dense']['percent_of_memory']:.0f} %",
-            *(gain(cell[policy]) for policy in (*sparse, ONE_LAYOUT)),
-            "-" if theirs is None else f"{theirs[0] / theirs[1]:.2f}x / {theirs[0] / theirs[2]:.2f}x",
+            *(gain(cell[policy]) for policy in sparse), "-" if theirs is None else over_dense(*theirs),
         ])  # fmt: skip
-    head = "S | dense ms | of memory | r=16 k=64 | r=32 k=128 | ... 4-bit index | topk k=128 | authors: 16,64 / 32,128"
+    head = (
+        "S | dense ms | of memory | r=16 k=64 | ... one layout of K | r=32 k=128 | ... one layout | ... 4-bit index | "
+        "authors: r=16 k=64 / ... one layout / r=32 k=128"
+    )
     price = (quality.of(policy, quality.n_ctx, HEAD_DIM) for policy in sparse)
-    lines.append([f"quality at {quality.n_ctx}", "", "", *price, "", ""])
+    lines.append([f"quality at {quality.n_ctx}", "", "", *price, ""])
     return table(head, lines)
+
+
+def over_dense(dense: float, *others: float) -> str:
+    return " / ".join(times(dense / other) for other in others)
 
 
 def batches(rows: Rows, quality: Quality) -> str:
     lines = []
     for (n_seq, depth), (a100, a10g) in SPARQ_GPU.items():
-        cell = rows.by_depth(("dense", SPARSE), **ALONE, model=MHA, batch=n_seq).get(depth)
+        cell = rows.by_depth(("dense", SPARSE, ONE_LAYOUT), **ALONE, model=MHA, batch=n_seq).get(depth)
         if cell is not None:
             lines.append([
-                str(n_seq), str(depth), ms(cell["dense"]["ms"]), gain(cell[SPARSE]),
-                times(a100[0] / a100[1]), "-" if a10g is None else times(a10g[0] / a10g[1]),
-                quality.of(SPARSE, depth, HEAD_DIM),
+                str(n_seq), str(depth), ms(cell["dense"]["ms"]), gain(cell[SPARSE]), gain(cell[ONE_LAYOUT]),
+                over_dense(*a100), "-" if a10g is None else over_dense(*a10g), quality.of(SPARSE, depth, HEAD_DIM),
             ])  # fmt: skip
-    return table("B | S | dense ms | r=32 k=128 | authors, A100 | authors, A10G | quality", lines)
+    head = "B | S | dense ms | r=32 k=128 | ... one layout of K | authors, A100: two / one | authors, A10G | quality"
+    return table(head, lines)
 
 
 def grouped(rows: Rows, quality: Quality) -> str:
@@ -149,6 +156,28 @@ def models(rows: Rows, quality: Quality, model: str, policy: str, paper: dict[in
     return f"{quality.sentence(policy, HEAD_DIM)}\n\n{table(' | '.join(head), lines)}"
 
 
+def others(rows: Rows) -> str:
+    """What papers say beside their tables: dense attention by the context, a machine of another kind."""
+    cells = rows.by_depth(("dense",), **WHOLE, model=MODEL)
+    lines = [
+        [f"dense, seconds of a token at S, llama.cpp, {name}", f"{a:.3g} S + {b:.3g}", "-"]
+        for name, (a, b) in DENSE_LINES.items()
+    ]
+    fits = {
+        "dense, the same, fork of llama.cpp, EPYC (figure 9)": {s: dense for s, (dense, _) in FIGURE_9.items()},
+        "dense, the same, 32 layers": {s: cell["dense"]["full_ms"] for s, cell in cells.items()},
+    }
+    for i, (what, points) in enumerate(fits.items()):
+        if len(points) > 1:
+            line = "{:.3g} S + {:.3g}".format(*np.polyfit([*points], [1e-3 * ms for ms in points.values()], 1))
+            lines.append([what, *((line, "-") if i == 0 else ("-", line))])
+    depth, dense, sparse = IPU
+    own = rows.by_depth(("dense", SPARSE), **ALONE, model=MHA, batch=1).get(depth)
+    ours = "-" if own is None else gain(own[SPARSE])
+    lines.append([f"attention alone, r=32 k=128, S = {depth}, IPU with remote memory", times(dense / sparse), ours])
+    return table("what | paper | ours", lines)
+
+
 def machine(measured: Sequence[Row]) -> str:
     """What `minirt bandwidth machine` says."""
     lines = [
@@ -198,12 +227,13 @@ def palu(measured: Row, quality: Quality) -> str:
     half = {p["kv"]: p for p in quality.low_rank if (p["policy"], p["keep"]) == ("dense", 0.5)}
     lines = [
         [
-            kv, ms(row["attention_ms_per_layer"]), times(dense / row["attention_ms_per_layer"]), times(PALU.get(kv)),
+            kv, ms(row["attention_ms_per_layer"]), times(dense / row["attention_ms_per_layer"]),
+            " / ".join(times(x) for x in PALU.get(kv, (None,))),
             prices_of(half[kv]) if kv in half else quality.of("dense", measured["depth"], HEAD_DIM, kv),
         ]
         for kv, row in measured["caches"].items()
     ]  # fmt: skip
-    return table("kv | ms a layer | over f16 | paper, RTX 4090, 64k | quality", lines)
+    return table("kv | ms a layer | over f16 | paper, RTX 4090, 64k: attention / model | quality", lines)
 
 
 # -- quality over bytes ------------------------------------------------------------------------------------------------
