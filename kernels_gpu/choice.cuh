@@ -3,10 +3,10 @@
 //
 // Every RUN tokens have their maximum and their sum of exponentials noted, for each head. From these come the softmax
 // and, for each run, a number that its best token reaches and one that none of its tokens exceeds. Where few are wanted,
-// the m-th largest of the former bounds the choice from below, so that only runs whose latter reaches it are read token by
-// token. Where many are, most runs would be, and their bound would be loose: all tokens are read, and how many have which
-// rank, to a part in a hundred, is counted. Tokens that reach the bound are listed, and the m best of the list are exactly
-// those of all. What is noted does not depend on which block a token was scored by, so results do not depend on the grid.
+// the m-th largest of the former bounds the choice from below, so that only runs whose latter reaches it are read token
+// by token. Where many are, most runs would be: there all tokens are ranked, and how many have which rank, to a part in
+// a hundred, is counted. What reaches the bound is listed, and the m best of the list are exactly those of all. What is
+// noted does not depend on which block a token was scored by, so results do not depend on the grid.
 //
 // Macros: GROUP (query heads of a KV head), INTERLEAVED (how positions of logits go with tokens). The grid is
 // (parts, H_kv, B), of THREADS threads, with dynamic shared memory of a bit for each position if there are no `marks`.
@@ -15,11 +15,11 @@
 
 constexpr int WARPS = 8, THREADS = WARPS * WARP;
 constexpr int RUN = 16;
-constexpr int FEW = 4;                           // or more runs for each token that is wanted: its best one bounds others
-constexpr int STEP = 17;  // bits that are left out where ranks are counted, so that DIGITS are 32 octaves below the largest
+constexpr int FEW = 4;                           // runs, or more, for each token that is wanted: they bound the choice
+constexpr int STEP = 17;                         // bits that are left out of counted ranks: DIGITS are 32 octaves
 constexpr int LOOK = 4;                          // bounds on their way to a thread
 constexpr int OPEN = LOOK * THREADS;             // runs that are read after one look at the bounds
-constexpr int READ = GROUP > 8 ? 1 : 4;          // runs on their way to a half warp
+constexpr int READ = GROUP > 8 ? 1 : GROUP > 4 ? 2 : 4;          // runs on their way to a half warp
 constexpr int AHEAD = GROUP < 8 ? 8 / GROUP : 1;  // runs on their way to a thread that needs only what is noted of them
 constexpr int FOURS = GROUP > 4 ? 1 : 4 / GROUP;  // times four tokens on their way to a thread, with all heads
 constexpr int RANKED = 4;                        // the same of their ranks
@@ -53,16 +53,16 @@ struct Choice {
         const i64 at = i64(kv_head) * positions;
         return {
             logits + GROUP * at, runs + GROUP * at / RUN, sums ? sums + at / RUN : nullptr, ranks + at, listed + at,
-            marks ? marks + i64(kv_head) * ((positions + 31) / 32) : nullptr, rows + i64(kv_head) * k,
-            weights + i64(kv_head) * GROUP * k, counts ? counts + 3 * i64(kv_head) : nullptr, positions, k, local, least,
+            marks ? marks + at / 32 : nullptr, rows + i64(kv_head) * k, weights + i64(kv_head) * GROUP * k,
+            counts ? counts + 3 * i64(kv_head) : nullptr, positions, k, local, least,
         };
     }
 };
 
 // The arguments of a kernel that ends with them, and the same for the calling block's KV head.
-#define CHOICE float *logits, float2 *runs, float *sums, u32 *ranks, u64 *listed, u32 *marks, int *rows, float *weights, \
-    int *counts, int positions, int k, int local, float least
-#define CHOSEN                                                                                                \
+#define CHOICE float *logits, float2 *runs, float *sums, u32 *ranks, u64 *listed, u32 *marks, int *rows, \
+    float *weights, int *counts, int positions, int k, int local, float least
+#define CHOSEN \
     Choice{logits, runs, sums, ranks, listed, marks, rows, weights, counts, positions, k, local, least}.of(kv_head_id())
 
 DEVICE int kv_head_id() { return blockIdx.z * gridDim.y + blockIdx.y; }
@@ -105,7 +105,7 @@ struct Chooser {
     float2 part[GROUP][WARPS];           // maxima, and sums of exponentials
     float high[GROUP], scale[GROUP];     // exp(logit - high) times scale is a probability
     Tally tally;
-    u32 top;                             // no rank is above it
+    u32 top, base;                       // no rank is above the one; below the other they are counted as one
     int open[OPEN], n_open, n_listed;
 };
 
@@ -151,37 +151,45 @@ DEVICE void find_softmax(const Choice& c, int n, Chooser& s) {
     __syncthreads();
 }
 
+// fmaxf leaves out NaN, which an infinite maximum makes.
 DEVICE float probability(const Chooser& s, int head, float logit) {
-    return s.scale[head] > 0.0f ? __expf(logit - s.high[head]) * s.scale[head] : 0.0f;
+    return fmaxf(__expf(logit - s.high[head]) * s.scale[head], 0.0f);
 }
 
-// A token's rank with another head.
-DEVICE float with_head(const Choice& c, const Chooser& s, float rank, int head, float logit) {
-    return rank + (c.sums ? logit : probability(s, head, logit));
+// Numbers of all heads on their way.
+struct Heads {
+    float of[GROUP];
+};
+
+DEVICE Heads logits_at(const Choice& c, int position) {
+    Heads x;
+#pragma unroll
+    for (int g = 0; g < GROUP; g++) x.of[g] = c.logits[i64(g) * c.positions + position];
+    return x;
 }
 
-DEVICE u32 rank_at(const Choice& c, const Chooser& s, int position) {
+DEVICE u32 rank_of(const Choice& c, const Chooser& s, const Heads& logit) {
     float rank = 0.0f;
 #pragma unroll
-    for (int g = 0; g < GROUP; g++) rank = with_head(c, s, rank, g, c.logits[i64(g) * c.positions + position]);
+    for (int g = 0; g < GROUP; g++) rank += c.sums ? logit.of[g] : probability(s, g, logit.of[g]);
     return min(order_of(rank), s.top);
 }
 
-// What the best token of a run reaches, and what none exceeds. A run in which not all are among the first n tokens
-// bounds nothing.
-DEVICE float2 bounds_of(const Choice& c, int n, int run, const Chooser& s) {
+// What the best token of a run reaches, and what none exceeds, by the heads' maxima, or that of their sums. A run in
+// which not all are among the first n tokens bounds nothing.
+DEVICE float2 bounds_of(const Choice& c, int n, int run, const Heads& high, const Chooser& s) {
     if (token_at(RUN * run + RUN - 1) >= n) return make_float2(-INFINITE, INFINITE);
-    if (c.sums) return make_float2(c.sums[run], c.sums[run]);
+    if (c.sums) return make_float2(high.of[0], high.of[0]);
     float least = 0.0f, most = 0.0f;
 #pragma unroll
     for (int g = 0; g < GROUP; g++) {
-        const float p = probability(s, g, c.runs[i64(g) * (c.positions / RUN) + run].x);
+        const float p = probability(s, g, high.of[g]);
         least = fmaxf(least, p), most += p;
     }
     return make_float2(least, most);
 }
 
-// Sets what no rank is above.
+// Sets what no rank is above, and where digits begin.
 DEVICE void find_top(const Choice& c, int n, Chooser& s) {
     float top = -INFINITE;
     if (c.sums) {
@@ -191,28 +199,33 @@ DEVICE void find_top(const Choice& c, int n, Chooser& s) {
         top = 0.0f;
         for (int g = 0; g < GROUP; g++) top += s.scale[g];
     }
-    s.top = order_of(top);
+    constexpr u32 COUNTED = u32(DIGITS) << STEP;
+    const u32 order = order_of(top);
+    s.top = order, s.base = order > COUNTED ? order - COUNTED + 1 : 1;
     __syncthreads();
 }
 
-// Ranks that are counted as one, DIGITS - 1 the largest; far below them are all that have digit 0.
-DEVICE void count_rank(Chooser& s, u32 rank) {
-    atomicAdd(&s.tally.count[DIGITS - 1 - min(DIGITS - 1, int((s.top - rank) >> STEP))], 1);
+DEVICE void count_rank(Chooser& s, u32 base, u32 rank) {
+    atomicAdd(&s.tally.count[(max(rank, base) - base) >> STEP], 1);
 }
 
 // The least rank, of tokens, that has the digit which was found.
-DEVICE u32 least_counted(const Chooser& s) {
-    const u32 below = u32(DIGITS - s.tally.digit) << STEP;
-    return s.tally.digit > 0 && s.top > below ? s.top - below + 1 : 1;
-}
+DEVICE u32 least_counted(const Chooser& s) { return s.tally.digit > 0 ? s.base + (u32(s.tally.digit) << STEP) : 1; }
 
 // A rank that m of the first n tokens reach, by what is noted of m or more runs; bounds take the place of what was noted
 // of head 0: there after the next barrier, before which none is read.
 DEVICE u32 bound_by_runs(const Choice& c, int n, int m, Chooser& s) {
     clear_digits(s.tally);
-    for_each<AHEAD>(runs_of(n), [&](int i) { return bounds_of(c, n, i, s); }, [&](int i, float2 x) {
-        c.runs[i] = x;
-        count_rank(s, min(order_of(x.x), s.top));
+    const auto load = [&](int i) {
+        Heads high;
+#pragma unroll
+        for (int g = 0; g < GROUP; g++) high.of[g] = c.sums ? c.sums[i] : c.runs[i64(g) * (c.positions / RUN) + i].x;
+        return high;
+    };
+    for_each<AHEAD>(runs_of(n), load, [&](int i, const Heads& high) {
+        const float2 bounds = bounds_of(c, n, i, high, s);
+        c.runs[i] = bounds;
+        count_rank(s, s.base, min(order_of(bounds.x), s.top));
     });
     find_digit(m, s.tally);
     return least_counted(s);
@@ -238,18 +251,19 @@ DEVICE void list_by_runs(const Choice& c, int n, u32 bound, Chooser& s) {
         __syncthreads();
         for (int i = 0; i < s.n_open; i += READ * (THREADS / RUN)) {
             int token[READ];
-            u32 rank[READ];
+            Heads logit[READ];
 #pragma unroll
             for (int u = 0; u < READ; u++) {
                 const int at = i + u * (THREADS / RUN) + half_warp;
-                const int position = at < s.n_open ? RUN * s.open[at] + int(threadIdx.x) % RUN : 0;
+                const int position = RUN * s.open[min(at, s.n_open - 1)] + int(threadIdx.x) % RUN;
                 token[u] = at < s.n_open ? token_at(position) : n;
-                rank[u] = token[u] < n ? rank_at(c, s, position) : 0;
+                logit[u] = logits_at(c, position);
             }
 #pragma unroll
             for (int u = 0; u < READ; u++) {
-                const int at = place_in(&s.n_listed, rank[u] >= bound);
-                if (rank[u] >= bound) c.listed[at] = key_of(rank[u], token[u]);
+                const u32 rank = token[u] < n ? rank_of(c, s, logit[u]) : 0;
+                const int at = place_in(&s.n_listed, rank >= bound);
+                if (rank >= bound) c.listed[at] = key_of(rank, token[u]);
             }
         }
         __syncthreads();
@@ -262,7 +276,9 @@ struct Four {
 };
 
 // Ranks all tokens of the first n, others 0. Returns a rank that m of them reach, and few more.
+template <bool SUMS>
 DEVICE u32 bound_by_ranks(const Choice& c, int n, int m, Chooser& s) {
+    const u32 top = s.top, base = s.base;
     clear_digits(s.tally);
     const auto load = [&](int i) {
         Four x;
@@ -276,14 +292,16 @@ DEVICE u32 bound_by_ranks(const Choice& c, int n, int m, Chooser& s) {
         for (int g = 0; g < GROUP; g++) {
             const float logit[4] = {x.of[g].x, x.of[g].y, x.of[g].z, x.of[g].w};
 #pragma unroll
-            for (int t = 0; t < 4; t++) rank[t] = with_head(c, s, rank[t], g, logit[t]);
+            for (int t = 0; t < 4; t++) rank[t] += SUMS ? logit[t] : probability(s, g, logit[t]);
         }
         u32 order[4];
 #pragma unroll
-        for (int t = 0; t < 4; t++) {
-            order[t] = token_at(4 * i + t) < n ? min(order_of(rank[t]), s.top) : 0;
-            if (order[t] > 0) count_rank(s, order[t]);
-        }
+        for (int t = 0; t < 4; t++) order[t] = min(order_of<SUMS>(rank[t]), top);
+        if (token_at(4 * i + 3) >= n)
+#pragma unroll
+            for (int t = 0; t < 4; t++) order[t] = token_at(4 * i + t) < n ? order[t] : 0;
+#pragma unroll
+        for (int t = 0; t < 4; t++) count_rank(s, base, order[t]);
         reinterpret_cast<uint4*>(c.ranks)[i] = make_uint4(order[0], order[1], order[2], order[3]);
     });
     find_digit(m, s.tally);
@@ -293,26 +311,23 @@ DEVICE u32 bound_by_ranks(const Choice& c, int n, int m, Chooser& s) {
 // Lists the tokens of the first n that reach the bound, by their ranks.
 DEVICE void list_by_ranks(const Choice& c, int n, u32 bound, Chooser& s) {
     const int fours = RUN / 4 * runs_of(n);
-    for (int first = 0; first < fours; first += RANKED * THREADS) {
+    for (int first = threadIdx.x; first - int(threadIdx.x) < fours; first += RANKED * THREADS) {
         uint4 x[RANKED];
-        int reach = 0;
-#pragma unroll
-        for (int u = 0; u < RANKED; u++) {
-            const int i = first + u * THREADS + threadIdx.x;
-            x[u] = i < fours ? reinterpret_cast<const uint4*>(c.ranks)[i] : make_uint4(0, 0, 0, 0);
-        }
+        u32 reach = 0;
 #pragma unroll
         for (int u = 0; u < RANKED; u++)
-            reach += (x[u].x >= bound) + (x[u].y >= bound) + (x[u].z >= bound) + (x[u].w >= bound);
-        int at = places_in(&s.n_listed, reach);
+            x[u] = reinterpret_cast<const uint4*>(c.ranks)[min(first + u * THREADS, fours - 1)];
 #pragma unroll
         for (int u = 0; u < RANKED; u++) {
             const u32 rank[4] = {x[u].x, x[u].y, x[u].z, x[u].w};
 #pragma unroll
-            for (int t = 0; t < 4; t++) {
-                const int token = token_at(4 * (first + u * THREADS + threadIdx.x) + t);
-                if (rank[t] >= bound) c.listed[at++] = key_of(rank[t], token);
-            }
+            for (int t = 0; t < 4; t++) reach |= u32(rank[t] >= bound && first + u * THREADS < fours) << (4 * u + t);
+        }
+        // Few are listed, which are read again, so that no thread looks at all of its own once more.
+        for (int at = places_in(&s.n_listed, __popc(reach)); reach; reach &= reach - 1, at++) {
+            const u32 which = __ffs(int(reach)) - 1;
+            const int position = 4 * (first + which / 4 * THREADS) + which % 4;
+            c.listed[at] = key_of(c.ranks[position], token_at(position));
         }
     }
     __syncthreads();
@@ -324,10 +339,19 @@ DEVICE void mark_best(const Choice& c, int n, int m, u32* marks, Chooser& s) {
     if (threadIdx.x == 0) s.n_listed = 0;
     find_top(c, n, s);
     u32 bound;
-    if (FEW * m <= runs_of(n)) bound = bound_by_runs(c, n, m, s), list_by_runs(c, n, bound, s);
-    else bound = bound_by_ranks(c, n, m, s), list_by_ranks(c, n, bound, s);
+    int bits, left = m;  // of what is listed, which keys may be the m-th, and how many of them are wanted
+    if (FEW * m <= runs_of(n)) {
+        bound = bound_by_runs(c, n, m, s);
+        list_by_runs(c, n, bound, s);
+        bits = 64 - __clz(int(s.top - bound));
+    } else {
+        bound = c.sums ? bound_by_ranks<true>(c, n, m, s) : bound_by_ranks<false>(c, n, m, s);
+        list_by_ranks(c, n, bound, s);
+        const bool known = s.tally.digit > 0;  // that they have this digit
+        bits = known ? 32 + STEP : 64, left -= known ? s.tally.above : 0;
+    }
     const auto key = [&](int i) { return c.listed[i]; };
-    const u64 least = least_of_largest(s.n_listed, m, u64(bound) << 32, u64(s.top) << 32 | ALL, s.tally, key);
+    const u64 least = least_of_largest(s.n_listed, left, u64(bound) << 32, bits, s.tally, key);
     for_each<4>(s.n_listed, key, [&](int, u64 its) {
         if (its >= least) mark(marks, int(~u32(its)));
     });
@@ -387,19 +411,10 @@ DEVICE void choose(const Choice& c, int n, int blocks, int* done, Chooser& s, fl
         write_marked(marks, (n - c.local + 31) / 32, 0, c.rows, s.tally.warps);
     }
     __syncthreads();
-    struct Logits {
-        float of[GROUP];
-    };
-    const auto load = [&](int i) {
-        Logits x;
-        const int position = position_of(c.rows[i]);
+    const auto load = [&](int i) { return logits_at(c, position_of(c.rows[i])); };
+    for_each<AHEAD>(chosen, load, [&](int i, const Heads& logit) {
 #pragma unroll
-        for (int g = 0; g < GROUP; g++) x.of[g] = c.logits[i64(g) * c.positions + position];
-        return x;
-    };
-    for_each<AHEAD>(chosen, load, [&](int i, const Logits& x) {
-#pragma unroll
-        for (int g = 0; g < GROUP; g++) c.weights[i64(g) * c.k + i] = probability(s, g, x.of[g]);
+        for (int g = 0; g < GROUP; g++) c.weights[i64(g) * c.k + i] = probability(s, g, logit.of[g]);
     });
     if (!c.counts) return;
     if (!all) keep_heavy(c, n, s, seen);

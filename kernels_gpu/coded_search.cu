@@ -88,7 +88,7 @@ DEVICE void spread_factors(Components& few, int r) {
 
 // codes [B, H_kv, blocks, D, tokens / 8], scales [B, H_kv, blocks, D, tokens / UNIT] of pairs, k: see minirt.ops.
 // Of sequence b the first stop[b] tokens; of those that fill no unit, or of all if there are no codes, the rows are read.
-KERNEL __launch_bounds__(THREADS, 2) approximate_top_k(
+KERNEL __launch_bounds__(THREADS, GROUP > 2 ? 2 : 3) approximate_top_k(
     const u32* codes, const u32* scales, int blocks, int tokens, u8* k_codes, u16* k_scales, i64 k_sequence, i64 k_head,
     const float* q, const int* stop, int r, int* done, CHOICE
 ) {

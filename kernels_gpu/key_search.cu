@@ -4,7 +4,7 @@
 #include "row_scores.cuh"
 
 // q [B, H_q, d]; of sequence b the first stop[b] rows of k.
-KERNEL __launch_bounds__(THREADS, 2) exact_top_k(
+KERNEL __launch_bounds__(THREADS, GROUP > 2 ? 2 : 5 - GROUP) exact_top_k(
     u8* k_codes, u16* k_scales, i64 k_sequence, i64 k_head, const float* q, const int* stop, int* done, CHOICE
 ) {
     __shared__ union {

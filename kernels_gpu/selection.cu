@@ -3,7 +3,7 @@
 
 // rows [B, H, k] become the k largest of ranks [B, H, slots] among the first stop[b], ascending; the first `head` and the
 // last `tail` are among them. From one row of ranks to the next lie `head_span` numbers, and from one sequence to the
-// next `span`. Grid (H, B). A bit for each slot: in spare [B, H, spare_words], or if that is null in dynamic shared memory.
+// next `span`. Grid (H, B). A bit for each slot: spare [B, H, spare_words], or if that is null, dynamic shared memory.
 KERNEL __launch_bounds__(1024) top_k(
     const float* ranks, i64 span, i64 head_span, const int* stop, int k, int head, int tail, int* rows, u32* spare,
     int spare_words
@@ -22,7 +22,7 @@ KERNEL __launch_bounds__(1024) top_k(
     if (all || m == 0) return;
     for (int i = threadIdx.x; i < words; i += blockDim.x) marks[i] = 0;
     const auto key = [&](int i) { return key_of(order_of(values[i]), i); };
-    const u64 least = least_of_largest(middle, m, 0, ~u64(0), tally, key);
+    const u64 least = least_of_largest(middle, m, 0, 64, tally, key);
     for (int i = threadIdx.x; i < middle; i += blockDim.x)
         if (key(i) >= least) mark(marks, i);
     __syncthreads();

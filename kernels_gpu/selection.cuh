@@ -1,8 +1,8 @@
 // The largest of many numbers, found by a block of threads: exactly so many, of equal ones the first, as they lie.
 //
-// Numbers are told apart by keys of 64 bits: in the order of the numbers, then of their places. How many keys lie in which
-// of DIGITS equal parts of all that there can be is counted; the part in which the m-th largest falls is kept, and divided
-// in turn, until all that lie in it are among the m. So time grows with the length, in whatever order numbers lie.
+// Numbers are told apart by keys of 64 bits: in the order of the numbers, then of their places. How many keys lie in
+// which of DIGITS equal parts of all that there can be is counted; the part in which the m-th largest falls is kept, and
+// divided in turn, until all that lie in it are among the m. So time grows with the length, however numbers lie.
 #pragma once
 #include "common.cuh"
 
@@ -10,7 +10,10 @@
 constexpr int DIGIT_BITS = 11, DIGITS = 1 << DIGIT_BITS;
 
 // u32 in the order of float32; NaN counts as -inf, and both zeros are one. No arithmetic, which flushes subnormals.
+// SIGNED: whether there may be numbers below 0, and NaN.
+template <bool SIGNED = true>
 DEVICE u32 order_of(float x) {
+    if constexpr (!SIGNED) return __float_as_uint(x) | 0x80000000u;
     const u32 given = __float_as_uint(x == x ? x : -INFINITE), bits = given << 1 ? given : 0;
     return bits >> 31 ? ~bits : bits | 0x80000000u;
 }
@@ -94,11 +97,11 @@ DEVICE void find_digit(int m, Tally& tally) {
     __syncthreads();
 }
 
-// A number that exactly the m largest of keys key(i), i < n, reach; if keys are equal, perhaps more. 0 < m <= n; no key is
-// below `low` or above `high`. The same threads call; none reads a key before a barrier.
+// A number that exactly the m largest reach of those keys key(i), i < n, that lie from `low` on, below low + 2^bits; if
+// keys are equal, perhaps more do. There are m, and m > 0. The same threads call; none reads a key before a barrier.
 template <class Key>
-DEVICE u64 least_of_largest(int n, int m, u64 low, u64 high, Tally& tally, const Key& key) {
-    for (int bits = 64 - __clzll(i64(high - low)); bits > 0;) {
+DEVICE u64 least_of_largest(int n, int m, u64 low, int bits, Tally& tally, const Key& key) {
+    while (bits > 0) {
         const int shift = max(0, bits - DIGIT_BITS);
         clear_digits(tally);
         for_each<4>(n, key, [&](int, u64 its) {
