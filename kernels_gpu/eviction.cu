@@ -21,7 +21,7 @@ KERNEL evict(
 #pragma unroll 4
         for (int s = head + threadIdx.x; s < stop; s += blockDim.x) {
             const float x = score[s];
-            if (position[s] < before && x < INFINITE) lowest.meet(-x, s);
+            if (position[s] < before) lowest.meet(-x, s);  // what is infinite never counts
         }
         lowest = block_largest(lowest, shared);
         found = lowest.where < 0 ? head : lowest.where;

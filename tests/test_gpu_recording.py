@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,3 +155,25 @@ def test_what_a_capture_may_not_do() -> None:
     for call in (lambda: device.upload(np.ones(1)), lambda: device.download(a), device.synchronize):
         with pytest.raises(RuntimeError, match="while a stream is captured"):
             device.capture(call)
+
+
+def test_a_recorded_step_keeps_its_scratch() -> None:
+    """Though a later call asks for more, and gets other memory."""
+    ops = emulated_ops().ops
+
+    def step(ops: Any) -> Any:
+        ops._buffer("some", (4,))
+        ops._counters(4)
+        return None
+
+    ops.record(step)
+    _, again = ops.record(step)
+    assert again is not None
+    kept = [weakref.ref(ops._scratch[name]) for name in ("some float32", "counters")]
+    ops._buffer("some", (400,))
+    ops._counters(400)
+    assert all(array() is not None for array in kept)
+    again()
+    del again
+    gc.collect()
+    assert all(array() is None for array in kept)
