@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import test_coded_index
 import test_sparse_ops
+from cuda_host.arrays import DeviceArray
 from emulated import emulated_ops
 from test_ops import NUMBERS, TRUTH, assert_close, normal
 from test_sparse_ops import assert_best, int32, until
 
 from kernels_gpu import sparse_ops
+from kernels_gpu.rows import Rows
 from minirt.ops import CODED_UNIT, INDEX_UNIT, KV
 from minirt.stores import STORES
 
@@ -236,6 +238,25 @@ def test_codes_of_what_is_not_finite(ops: Any, bad: float) -> None:
     assert np.array_equal(rows[0, 0], truth[0, 0])
     assert CODED_UNIT <= rows[0, 0].min() <= rows[0].max() < n
     assert_close(weights, of_truth, 1e-4)
+
+
+# -- caches of many gigabytes ------------------------------------------------------------------------------------------
+
+
+def test_places_beyond_32_bits(ops: Any) -> None:
+    """Of the last sequence of a large batch; memory that is not touched takes none."""
+    d, tokens = 64, INDEX_UNIT
+    last = 2**31 // (d * tokens) + 3
+    index = np.zeros((last + 1, 1, 1, d, tokens), np.float16).view(DeviceArray)
+    rows = (np.zeros((last + 1, 1, tokens, d), np.float16).view(DeviceArray) for _ in range(2))
+    kv = KV(*(Rows(STORES["f16"], codes, None) for codes in rows))
+    x = ops.ops.device.upload(normal(1, 1, d))
+    where = int32(last), int32(5)
+    ops.ops.append_index(index, None, *where, x, x)
+    ops.ops.append(kv, *where, x, x)
+    expected = normal(1, 1, d)[0, 0].astype(np.float16)
+    for found in (index[last, 0, 0, :, 5], kv.k.codes[last, 0, 5], kv.v.codes[last, 0, 5]):
+        assert np.array_equal(np.asarray(found).ravel(), expected)
 
 
 # -- whole keys, and attention to chosen rows --------------------------------------------------------------------------
