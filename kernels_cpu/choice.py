@@ -163,9 +163,10 @@ def _choose_rows(n, own, own_bytes, factors, ranks, mode, local, rows, weights):
 @kernel
 def _temper(weights, seen, to):  # type: ignore[no-untyped-def]
     """to [k] = weights [k] to the power of `seen`, rounded to quarters; returns their sum."""
-    k, quarters, total = len(weights), min(max(np.floor(4 * seen + np.float32(0.5)), 1), 4), np.float32(0.0)
+    k, quarters, total = len(weights), min(max(int(4 * seen + np.float32(0.5)), 1), 4), np.float32(0.0)
     if quarters == 4:
-        to[:] = weights
+        for i in range(k):
+            to[i] = weights[i]
     elif quarters == 3:
         for i in range(k):
             to[i] = np.sqrt(weights[i]) * np.sqrt(np.sqrt(weights[i]))
