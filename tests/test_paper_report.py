@@ -146,6 +146,7 @@ def test_misses_of_targets_are_said(tmp_path: Path) -> None:
     # The best there is goes through (2, 0.4), (2.9, 0.12), (4, 0.1): 0.118 at 3, 0.109 at 3.5, 0.157 at 2.7.
     found = paper_adaptive.lower_than_fixed(adaptive)
     assert found == {":r=16": (1, 0, 2), ":r=12": (1, 1, 1), "all": (2, 1, 3)}
+    assert paper_adaptive.less_than_best(adaptive, ":r=12") == "36 to 36 %"
     rows, before = (
         rows_of(tmp_path, *(row for s in depths for row in whole_model(s, SPARQ)))
         for depths in ((32768, 131072), (32768,))

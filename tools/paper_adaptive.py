@@ -60,26 +60,42 @@ class Beside(NamedTuple):
 
 def lower_than_fixed(measured: Mapping[str, Row]) -> dict[str, Beside]:
     """By r, and of all: points beside lines through those of a fixed k."""
-    fixed: dict[str, list[Point]] = {}
-    auto: dict[str, list[Point]] = {}
+    auto, fixed = _points(measured, True), _points(measured, False)
+    best, found = _best(fixed), {}
+    for r, points in auto.items():
+        same, other = (sum(_over(p, line) < 1 for p in points) for line in (fixed[r], best))
+        found[r] = Beside(same, other, len(points))
+    return found | {"all": Beside(*np.sum(list(found.values()), axis=0).tolist())}
+
+
+def less_than_best(measured: Mapping[str, Row], r: str) -> str:
+    """By how much adaptive points of that r have less divergence than a fixed k of the best one, with as many bytes."""
+    best = _best(_points(measured, False))
+    less = [100 * (1 - _over(p, best)) for p in _points(measured, True)[r]]
+    return f"{min(less):.0f} to {max(less):.0f} %"
+
+
+def _points(measured: Mapping[str, Row], adaptive: bool) -> dict[str, list[Point]]:
+    """By r."""
+    found: dict[str, list[Point]] = {}
     for policy, row in measured.items():
         match = _SPARQ.fullmatch(policy)
-        if match:
-            of = auto if match[2] == "auto" else fixed
-            of.setdefault(match[1] or "", []).append((row["kv_bytes_read"], row["kld"]))
-    every_fixed = [point for points in fixed.values() for point in points]
-    best = [p for p in every_fixed if not any(_beats(q, p) for q in every_fixed)]
-    found = {
-        r: Beside(sum(_below(p, fixed[r]) for p in points), sum(_below(p, best) for p in points), len(points))
-        for r, points in auto.items()
-    }
-    return found | {"all": Beside(*np.sum(list(found.values()), axis=0).tolist())}
+        if match and (match[2] == "auto") == adaptive:
+            found.setdefault(match[1] or "", []).append((row["kv_bytes_read"], row["kld"]))
+    return found
+
+
+def _best(fixed: Mapping[str, list[Point]]) -> list[Point]:
+    """Those that no other beats in both."""
+    every = [point for points in fixed.values() for point in points]
+    return [p for p in every if not any(_beats(q, p) for q in every)]
 
 
 def _beats(p: Point, q: Point) -> bool:
     return p != q and p[0] <= q[0] and p[1] <= q[1]
 
 
-def _below(point: Point, line: list[Point]) -> bool:
+def _over(point: Point, line: list[Point]) -> float:
+    """A point's divergence over the line's at as many bytes."""
     nbytes, divergence = np.array(sorted(line)).T
-    return bool(np.log(point[1]) < np.interp(point[0], nbytes, np.log(divergence)))
+    return point[1] / float(np.exp(np.interp(point[0], nbytes, np.log(divergence))))

@@ -27,7 +27,7 @@ import paper_tables as tables  # noqa: E402
 from paper_numbers import FIGURE_9, FIGURE_10  # noqa: E402
 from paper_results import RESULTS, Quality, Rows, repeated  # noqa: E402
 from paper_tables import FIGURE_9_POLICY, FIGURE_10_POLICY, GQA_MODEL, MODEL, SPARSE  # noqa: E402
-from paper_targets import targets  # noqa: E402
+from paper_targets import ADAPTIVE_R, targets  # noqa: E402
 
 from minirt.attention_speed import method_of  # noqa: E402
 from minirt.auto import FRONTIER  # noqa: E402
@@ -125,6 +125,7 @@ def report(rows: Rows, before: Rows, quality: Quality) -> str:
         palu_depth=palu["depth"],
         palu_work=f"{palu['multiply_adds_per_layer'] / 1e9:.1f}",
         adaptive=paper_adaptive.adaptive(adaptive["policies"]),
+        less=paper_adaptive.less_than_best(adaptive["policies"], ADAPTIVE_R),
         adaptive_text=f"{adaptive['chunks']} windows of {adaptive['n_ctx']} tokens of {adaptive['text']}",
         beside_fixed=paper_adaptive.beside_fixed(quality),
         by_read=tables.prices(tables.frontier(quality.every, "read")),
