@@ -1,15 +1,16 @@
-// The k tokens of most weight, by logits that blocks of threads have written: the last block of a KV head to finish
-// chooses, so that no launch is spent on it and the others go on.
+// The k tokens of most weight, by logits that blocks of threads have written. The last block of a KV head to finish
+// chooses, so that no launch is spent on it and the others go on; where that would be long, choice.cu has more do it.
 //
 // Every RUN tokens have their maximum and their sum of exponentials noted, for each head. From these come the softmax
 // and, for each run, a number that its best token reaches and one that none of its tokens exceeds. Where few are wanted,
 // the m-th largest of the former bounds the choice from below, so that only runs whose latter reaches it are read token
 // by token. Where many are, most runs would be: there all tokens are ranked, and how many have which rank, to a part in
 // a hundred, is counted. What reaches the bound is listed, and the m best of the list are exactly those of all. What is
-// noted does not depend on which block a token was scored by, so results do not depend on the grid.
+// noted does not depend on which block a token was scored by, so results do not depend on how many there are.
 //
 // Macros: GROUP (query heads of a KV head), INTERLEAVED (how positions of logits go with tokens). The grid is
-// (parts, H_kv, B), of THREADS threads, with dynamic shared memory of a bit for each position if there are no `marks`.
+// (parts, H_kv, B), of THREADS threads where tokens are scored. Blocks that choose have dynamic shared memory of a bit
+// for each position if there are no `marks`.
 #pragma once
 #include "selection.cuh"
 
@@ -35,6 +36,12 @@ DEVICE int position_of(int token) {
 // Runs in which the first n tokens stand.
 DEVICE int runs_of(int n) { return INTERLEAVED ? (n + 127) / 128 * (128 / RUN) : (n + RUN - 1) / RUN; }
 
+// What blocks of one launch find out of a KV head for those of the next.
+struct Found {
+    float high[GROUP], scale[GROUP], seen;  // see Chooser, and choose_components
+    u32 top, base;
+};
+
 // What is known and wanted of a KV head of a sequence.
 struct Choice {
     float* logits;   // [GROUP, positions]; NaN has become -inf
@@ -43,6 +50,7 @@ struct Choice {
     u32* ranks;      // [positions], scratch
     u64* listed;     // [positions], scratch
     u32* marks;      // [positions / 32], scratch; null: in shared memory
+    Found* found;    // scratch; null: a launch that scores chooses, too
     int* rows;       // [k]: what is chosen
     float* weights;  // [GROUP, k]: its probabilities
     int* counts;     // [3]: how many stay; the sum of that over the calls that chose, and their number. Null: all stay
@@ -53,17 +61,20 @@ struct Choice {
         const i64 at = i64(kv_head) * positions;
         return {
             logits + GROUP * at, runs + GROUP * at / RUN, sums ? sums + at / RUN : nullptr, ranks + at, listed + at,
-            marks ? marks + at / 32 : nullptr, rows + i64(kv_head) * k, weights + i64(kv_head) * GROUP * k,
+            marks ? marks + at / 32 : nullptr, found ? found + kv_head : nullptr, rows + i64(kv_head) * k,
+            weights + i64(kv_head) * GROUP * k,
             counts ? counts + 3 * i64(kv_head) : nullptr, positions, k, local, least,
         };
     }
 };
 
 // The arguments of a kernel that ends with them, and the same for the calling block's KV head.
-#define CHOICE float *logits, float2 *runs, float *sums, u32 *ranks, u64 *listed, u32 *marks, int *rows, \
+#define CHOICE float *logits, float2 *runs, float *sums, u32 *ranks, u64 *listed, u32 *marks, Found *found, int *rows, \
     float *weights, int *counts, int positions, int k, int local, float least
-#define CHOSEN \
-    Choice{logits, runs, sums, ranks, listed, marks, rows, weights, counts, positions, k, local, least}.of(kv_head_id())
+#define CHOSEN                                                                                                       \
+    Choice{logits, runs, sums, ranks, listed, marks, found, rows, weights, counts, positions, k, local, least}.of( \
+        kv_head_id()                                                                                                 \
+    )
 
 DEVICE int kv_head_id() { return blockIdx.z * gridDim.y + blockIdx.y; }
 
@@ -102,7 +113,7 @@ DEVICE void put_sums(const Choice& c, int at, const float (&x)[N]) {
 
 // Shared memory, which scores no longer need.
 struct Chooser {
-    float2 part[GROUP][WARPS];           // maxima, and sums of exponentials
+    float2 part[GROUP][WARP];            // maxima, and sums of exponentials, of a block's warps
     float high[GROUP], scale[GROUP];     // exp(logit - high) times scale is a probability
     Tally tally;
     u32 top, base;                       // no rank is above the one; below the other they are counted as one
@@ -124,13 +135,13 @@ DEVICE void find_softmax(const Choice& c, int n, Chooser& s) {
     float high[GROUP], total[GROUP];
 #pragma unroll
     for (int g = 0; g < GROUP; g++) high[g] = -INFINITE, total[g] = 0.0f;
-    for (int first = threadIdx.x; first < runs; first += AHEAD * THREADS) {
+    for (int first = threadIdx.x; first < runs; first += AHEAD * blockDim.x) {
         float2 run[AHEAD * GROUP];
 #pragma unroll
         for (int u = 0; u < AHEAD; u++)
 #pragma unroll
             for (int g = 0; g < GROUP; g++) {
-                const int i = first + u * THREADS;
+                const int i = first + u * blockDim.x;
                 run[u * GROUP + g] = i < runs ? c.runs[i64(g) * span + i] : make_float2(-INFINITE, 0.0f);
             }
 #pragma unroll
@@ -143,9 +154,9 @@ DEVICE void find_softmax(const Choice& c, int n, Chooser& s) {
         if (lane_id() == 0) s.part[g][threadIdx.x / WARP] = make_float2(most, sum);
     }
     __syncthreads();
-    for (int g = threadIdx.x; g < GROUP; g += THREADS) {
+    for (int g = threadIdx.x; g < GROUP; g += blockDim.x) {
         float most = -INFINITE, sum = 0.0f;
-        join_sums(most, sum, s.part[g], WARPS, 1);
+        join_sums(most, sum, s.part[g], blockDim.x / WARP, 1);
         s.high[g] = most, s.scale[g] = fabsf(most) < INFINITE ? 1.0f / sum : 0.0f;
     }
     __syncthreads();
@@ -193,7 +204,7 @@ DEVICE float2 bounds_of(const Choice& c, int n, int run, const Heads& high, cons
 DEVICE void find_top(const Choice& c, int n, Chooser& s) {
     float top = -INFINITE;
     if (c.sums) {
-        for (int i = threadIdx.x; i < runs_of(n); i += THREADS) top = fmaxf(top, c.sums[i]);
+        for (int i = threadIdx.x; i < runs_of(n); i += blockDim.x) top = fmaxf(top, c.sums[i]);
         top = block_max(top, &s.part[0][0].x);
     } else {
         top = 0.0f;
@@ -209,13 +220,16 @@ DEVICE void count_rank(Chooser& s, u32 base, u32 rank) {
     atomicAdd(&s.tally.count[(max(rank, base) - base) >> STEP], 1);
 }
 
-// The least rank, of tokens, that has the digit which was found.
-DEVICE u32 least_counted(const Chooser& s) { return s.tally.digit > 0 ? s.base + (u32(s.tally.digit) << STEP) : 1; }
+// A rank that is reached by those that are listed, the m best among them: the `left` best, so many bits above the bound,
+// and those whose keys have more.
+struct Bound {
+    u32 rank;
+    int left, bits;
+};
 
-// A rank that m of the first n tokens reach, by what is noted of m or more runs; bounds take the place of what was noted
-// of head 0: there after the next barrier, before which none is read.
-DEVICE u32 bound_by_runs(const Choice& c, int n, int m, Chooser& s) {
-    clear_digits(s.tally);
+// Counts what the best tokens of runs reach, of the first n; bounds take the place of what was noted of head 0: there
+// after the next barrier, before which none is read.
+DEVICE void count_runs(const Choice& c, int n, Chooser& s) {
     const auto load = [&](int i) {
         Heads high;
 #pragma unroll
@@ -227,8 +241,6 @@ DEVICE u32 bound_by_runs(const Choice& c, int n, int m, Chooser& s) {
         c.runs[i] = bounds;
         count_rank(s, s.base, min(order_of(bounds.x), s.top));
     });
-    find_digit(m, s.tally);
-    return least_counted(s);
 }
 
 // Lists the tokens of the first n that reach the bound, by their runs.
@@ -275,18 +287,23 @@ struct Four {
     float4 of[GROUP];
 };
 
-// Ranks all tokens of the first n, others 0. Returns a rank that m of them reach, and few more.
+// Times four of the first n tokens: those that are a block's, of several.
+DEVICE Range share_of(int n, int at, int blocks) {
+    const int fours = RUN / 4 * runs_of(n), own = (fours + blocks - 1) / blocks;
+    return {min(fours, at * own), min(fours, (at + 1) * own)};
+}
+
+// Ranks a share of the first n tokens, others 0, and counts the ranks.
 template <bool SUMS>
-DEVICE u32 bound_by_ranks(const Choice& c, int n, int m, Chooser& s) {
+DEVICE void count_ranks(const Choice& c, int n, Range fours, Chooser& s) {
     const u32 top = s.top, base = s.base;
-    clear_digits(s.tally);
     const auto load = [&](int i) {
         Four x;
 #pragma unroll
         for (int g = 0; g < GROUP; g++) x.of[g] = reinterpret_cast<const float4*>(c.logits + i64(g) * c.positions)[i];
         return x;
     };
-    for_each<FOURS>(RUN / 4 * runs_of(n), load, [&](int i, const Four& x) {
+    for_each<FOURS>(fours, load, [&](int i, const Four& x) {
         float rank[4] = {};
 #pragma unroll
         for (int g = 0; g < GROUP; g++) {
@@ -304,57 +321,49 @@ DEVICE u32 bound_by_ranks(const Choice& c, int n, int m, Chooser& s) {
         for (int t = 0; t < 4; t++) count_rank(s, base, order[t]);
         reinterpret_cast<uint4*>(c.ranks)[i] = make_uint4(order[0], order[1], order[2], order[3]);
     });
-    find_digit(m, s.tally);
-    return least_counted(s);
 }
 
-// Lists the tokens of the first n that reach the bound, by their ranks.
-DEVICE void list_by_ranks(const Choice& c, int n, u32 bound, Chooser& s) {
-    const int fours = RUN / 4 * runs_of(n);
-    for (int first = threadIdx.x; first - int(threadIdx.x) < fours; first += RANKED * THREADS) {
+DEVICE void count_ranks(const Choice& c, int n, Range fours, Chooser& s) {
+    if (c.sums) count_ranks<true>(c, n, fours, s);
+    else count_ranks<false>(c, n, fours, s);
+}
+
+// Lists the tokens of a share that reach the bound, by their ranks.
+DEVICE void list_by_ranks(const Choice& c, Range fours, u32 bound, int* n_listed) {
+    for (int first = fours.begin + threadIdx.x; first - int(threadIdx.x) < fours.end; first += RANKED * blockDim.x) {
         uint4 x[RANKED];
         u32 reach = 0;
 #pragma unroll
         for (int u = 0; u < RANKED; u++)
-            x[u] = reinterpret_cast<const uint4*>(c.ranks)[min(first + u * THREADS, fours - 1)];
+            x[u] = reinterpret_cast<const uint4*>(c.ranks)[min(first + u * int(blockDim.x), fours.end - 1)];
 #pragma unroll
         for (int u = 0; u < RANKED; u++) {
             const u32 rank[4] = {x[u].x, x[u].y, x[u].z, x[u].w};
 #pragma unroll
-            for (int t = 0; t < 4; t++) reach |= u32(rank[t] >= bound && first + u * THREADS < fours) << (4 * u + t);
+            for (int t = 0; t < 4; t++)
+                reach |= u32(rank[t] >= bound && first + u * int(blockDim.x) < fours.end) << (4 * u + t);
         }
         // Few are listed, which are read again, so that no thread looks at all of its own once more.
-        for (int at = places_in(&s.n_listed, __popc(reach)); reach; reach &= reach - 1, at++) {
+        for (int at = places_in(n_listed, __popc(reach)); reach; reach &= reach - 1, at++) {
             const u32 which = __ffs(int(reach)) - 1;
-            const int position = 4 * (first + which / 4 * THREADS) + which % 4;
+            const int position = 4 * (first + which / 4 * blockDim.x) + which % 4;
             c.listed[at] = key_of(c.ranks[position], token_at(position));
         }
     }
-    __syncthreads();
 }
 
-// Marks the m best of the first n tokens.
-DEVICE void mark_best(const Choice& c, int n, int m, u32* marks, Chooser& s) {
-    for (int i = threadIdx.x; i < (n + 31) / 32; i += THREADS) marks[i] = 0;
-    if (threadIdx.x == 0) s.n_listed = 0;
-    find_top(c, n, s);
-    u32 bound;
-    int bits, left = m;  // of what is listed, which keys may be the m-th, and how many of them are wanted
-    if (FEW * m <= runs_of(n)) {
-        bound = bound_by_runs(c, n, m, s);
-        list_by_runs(c, n, bound, s);
-        bits = 64 - __clz(int(s.top - bound));
-    } else {
-        bound = c.sums ? bound_by_ranks<true>(c, n, m, s) : bound_by_ranks<false>(c, n, m, s);
-        list_by_ranks(c, n, bound, s);
-        const bool known = s.tally.digit > 0;  // that they have this digit
-        bits = known ? 32 + STEP : 64, left -= known ? s.tally.above : 0;
-    }
-    const auto key = [&](int i) { return c.listed[i]; };
-    const u64 least = least_of_largest(s.n_listed, left, u64(bound) << 32, bits, s.tally, key);
-    for_each<4>(s.n_listed, key, [&](int, u64 its) {
-        if (its >= least) mark(marks, int(~u32(its)));
-    });
+// By what was counted of m runs or more.
+DEVICE Bound bound_by_runs(int m, Chooser& s) {
+    find_digit(m, s.tally);
+    const u32 rank = s.tally.digit > 0 ? s.base + (u32(s.tally.digit) << STEP) : 1;
+    return {rank, m, 64 - __clz(int(s.top - rank))};
+}
+
+// By what was counted of all tokens: those that have a larger digit than the m-th best are among the m.
+DEVICE Bound bound_by_ranks(int m, Chooser& s) {
+    find_digit(m, s.tally);
+    if (s.tally.digit > 0) return {s.base + (u32(s.tally.digit) << STEP), m - s.tally.above, 32 + STEP};
+    return {1, m, 64};
 }
 
 // A weight to the power of the share of the queries that was seen, in quarters.
@@ -374,10 +383,10 @@ DEVICE void keep_heavy(const Choice& c, int n, Chooser& s, float seen) {
     };
     float sum = 0.0f;
     __syncthreads();
-    for (int i = threadIdx.x; i < c.k; i += THREADS) sum += own(i);
+    for (int i = threadIdx.x; i < c.k; i += blockDim.x) sum += own(i);
     const float total = block_sum(sum, &s.part[0][0].x);
     int kept = 0;
-    for (int first = 0; first < c.k; first += THREADS) {
+    for (int first = 0; first < c.k; first += blockDim.x) {
         const int i = first + threadIdx.x, row = i < c.k ? c.rows[i] : -1;
         float weight[GROUP];
 #pragma unroll
@@ -394,21 +403,26 @@ DEVICE void keep_heavy(const Choice& c, int n, Chooser& s, float seen) {
     if (threadIdx.x == 0) c.counts[0] = kept, c.counts[1] += kept, c.counts[2]++;
 }
 
-// Chooses k of the first n tokens, if all blocks that had some of them have come here. All threads of a block call. seen:
-// see choose_components, wanted if there are counts.
-DEVICE void choose(const Choice& c, int n, int blocks, int* done, Chooser& s, float seen = 1.0f) {
+// Tokens that are chosen by what they weigh, beside the last `local`: 0 if all of the first n are.
+DEVICE int wanted(const Choice& c, int n) { return n > c.k ? c.k - c.local : 0; }
+
+// Chooses, of the first n tokens, the best of those that are listed. All threads of a block call; what it shares is there
+// before.
+DEVICE void settle(const Choice& c, int n, int n_listed, const Bound& bound, Chooser& s, float seen) {
     extern __shared__ u32 shared_marks[];
-    if (!is_last(done, blocks)) return;
-    find_softmax(c, n, s);
-    const int chosen = min(n, c.k), m = c.k - c.local;
-    const bool all = n <= c.k;
-    for (int i = threadIdx.x; i < chosen; i += THREADS)
-        if (all || i >= m) c.rows[i] = n - chosen + i;
-    if (!all && m > 0) {
+    const int chosen = min(n, c.k), m = wanted(c, n), words = (n - c.local + 31) / 32;
+    for (int i = threadIdx.x; i < chosen; i += blockDim.x)
+        if (n <= c.k || i >= m) c.rows[i] = n - chosen + i;
+    if (m > 0) {
         u32* marks = c.marks ? c.marks : shared_marks;
-        mark_best(c, n - c.local, m, marks, s);
+        for (int i = threadIdx.x; i < words; i += blockDim.x) marks[i] = 0;
+        const auto key = [&](int i) { return c.listed[i]; };
+        const u64 least = least_of_largest(n_listed, bound.left, u64(bound.rank) << 32, bound.bits, s.tally, key);
+        for_each<4>(n_listed, key, [&](int, u64 its) {
+            if (its >= least) mark(marks, int(~u32(its)));
+        });
         __syncthreads();
-        write_marked(marks, (n - c.local + 31) / 32, 0, c.rows, s.tally.warps);
+        write_marked(marks, words, 0, c.rows, s.tally.warps);
     }
     __syncthreads();
     const auto load = [&](int i) { return logits_at(c, position_of(c.rows[i])); };
@@ -417,6 +431,36 @@ DEVICE void choose(const Choice& c, int n, int blocks, int* done, Chooser& s, fl
         for (int g = 0; g < GROUP; g++) c.weights[i64(g) * c.k + i] = probability(s, g, logit.of[g]);
     });
     if (!c.counts) return;
-    if (!all) keep_heavy(c, n, s, seen);
+    if (n > c.k) keep_heavy(c, n, s, seen);
     else if (threadIdx.x == 0) c.counts[0] = n;
+}
+
+// Chooses k of the first n tokens, if all blocks that had some of them have come here and no launch follows that does.
+// All threads of a block call. seen: see choose_components, wanted if there are counts.
+DEVICE void choose(const Choice& c, int n, int blocks, int* done, Chooser& s, float seen = 1.0f) {
+    if (c.found) {
+        if (blockIdx.x == 0 && threadIdx.x == 0) c.found->seen = seen;
+        return;
+    }
+    if (!is_last(done, blocks)) return;
+    if (threadIdx.x == 0) s.n_listed = 0;
+    find_softmax(c, n, s);
+    Bound bound{};
+    if (const int m = wanted(c, n); m > 0) {
+        const int few = n - c.local;
+        find_top(c, few, s);
+        clear_digits(s.tally);
+        if (FEW * m <= runs_of(few)) {
+            count_runs(c, few, s);
+            bound = bound_by_runs(m, s);
+            list_by_runs(c, few, bound.rank, s);
+        } else {
+            const Range all = share_of(few, 0, 1);
+            count_ranks(c, few, all, s);
+            bound = bound_by_ranks(m, s);
+            list_by_ranks(c, all, bound.rank, &s.n_listed);
+            __syncthreads();
+        }
+    }
+    settle(c, n, s.n_listed, bound, s, seen);
 }

@@ -21,18 +21,28 @@ DEVICE u32 order_of(float x) {
 // Of equal numbers the one in the first place is the largest.
 DEVICE u64 key_of(u32 order, int place) { return u64(order) << 32 | ~u32(place); }
 
-// use(i, load(i)) for i < n, shared by the threads of a block; N loads are on their way at a time.
+struct Range {
+    int begin, end;
+};
+
+// use(i, load(i)) for i in a range, shared by the threads of a block; N loads are on their way at a time.
 template <int N, class Load, class Use>
-DEVICE void for_each(int n, const Load& load, const Use& use) {
-    for (int first = threadIdx.x; first < n; first += N * blockDim.x) {
+DEVICE void for_each(Range range, const Load& load, const Use& use) {
+    for (int first = range.begin + threadIdx.x; first < range.end; first += N * blockDim.x) {
         decltype(load(0)) x[N];
 #pragma unroll
         for (int u = 0; u < N; u++)
-            if (first + u * int(blockDim.x) < n) x[u] = load(first + u * blockDim.x);
+            if (first + u * int(blockDim.x) < range.end) x[u] = load(first + u * blockDim.x);
 #pragma unroll
         for (int u = 0; u < N; u++)
-            if (first + u * int(blockDim.x) < n) use(first + u * int(blockDim.x), x[u]);
+            if (first + u * int(blockDim.x) < range.end) use(first + u * int(blockDim.x), x[u]);
     }
+}
+
+// The same for i < n.
+template <int N, class Load, class Use>
+DEVICE void for_each(int n, const Load& load, const Use& use) {
+    for_each<N>(Range{0, n}, load, use);
 }
 
 // The first of so many free places, for each lane; a warp asks once. All lanes call.

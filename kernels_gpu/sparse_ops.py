@@ -28,6 +28,8 @@ RUN = 16  # tokens of which the maximum is noted
 INDEX_TILE, UNITS = 512, 8  # tokens, and units of a coded index, that a block scores at a time
 HEADS_ADDED = 4  # of a block of added.cu
 BLOCKS = 16  # of a multiprocessor that a launch asks for
+LONG = 1 << 15  # logits of a KV head for which launches that choose take less time than one block would
+CHOOSERS, DIGITS, FEW = 1024, 2048, 4  # threads of their blocks; parts that counted ranks have; see choice.cuh
 CHOOSER = 32 << 10  # bytes of shared memory that blocks have beside a bit for each token
 _NUMBERS = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}
 
@@ -120,23 +122,40 @@ class SparseOps(BaseOps):
     ) -> tuple[Array, Array]:
         """Launches a kernel of choice.cuh: file, name, positions of logits, tokens that a block scores at a time."""
         (n_seq, n_head, _), (file, name, positions, tile) = q.shape, launch
+        heads, group, where = n_seq * n_head_kv, n_head // n_head_kv, self._on_device(stop)
         logits = self._buffer("logits of slots", (n_seq, n_head, positions))
         runs = self._buffer("runs of slots", (n_seq, n_head, positions // RUN, 2))
         sums = self._buffer("sums of logits", (n_seq, n_head_kv, positions // RUN)) if sum_logits else None
         ranks = self._buffer("ranks", (n_seq, n_head_kv, positions), np.uint32)
         listed = self._buffer("listed", (n_seq, n_head_kv, positions), np.uint64)
-        shared, marks = self._marks(n_seq * n_head_kv, positions)
+        shared, marks = self._marks(heads, positions)
         rows = self._buffer("rows", (n_seq, n_head_kv, k), np.int32)
         weights = self._buffer("weights of rows", (n_seq, n_head, k))
-        # A block more for rows that a coded index has not.
-        parts = min(-(-positions // tile) + 1, -(-BLOCKS * self.device.multiprocessors // (n_seq * n_head_kv)))
-        self._launch(
-            file, name, (parts, n_head_kv, n_seq), THREADS, *arrays, q, self._on_device(stop),
-            *(() if components is None else (components,)), self._counters(n_seq * n_head_kv), logits, runs, sums,
-            ranks, listed, marks, rows, weights, counts, positions, k, local, float(least), shared=shared,
-            GROUP=n_head // n_head_kv, **constants,
+        choosers = self._choosers(heads, group, positions, k - local)
+        found = self._buffer("found of heads", (heads, 2 * group + 3)) if choosers else None
+        how = (
+            logits, runs, sums, ranks, listed, marks, found, rows, weights, counts, positions, k, local, float(least)
         )  # fmt: skip
+        # A block more for rows that a coded index has not.
+        parts = min(-(-positions // tile) + 1, -(-BLOCKS * self.device.multiprocessors // heads))
+        self._launch(
+            file, name, (parts, n_head_kv, n_seq), THREADS, *arrays, q, where,
+            *(() if components is None else (components,)), self._counters(heads), *how,
+            shared=0 if choosers else shared, GROUP=group, **constants,
+        )  # fmt: skip
+        if choosers:
+            of = {"GROUP": group, "INTERLEAVED": int(file == "coded_search.cu")}
+            grid, counted = (choosers, n_head_kv, n_seq), self._counters(heads * (DIGITS + 2))
+            self._launch("choice.cu", "rank_tokens", grid, CHOOSERS, where, counted, *how, **of)
+            self._launch("choice.cu", "choose_ranked", grid, CHOOSERS, where, counted, *how, shared=shared, **of)
         return rows, weights
+
+    def _choosers(self, heads: int, group: int, positions: int, m: int) -> int:
+        """Blocks that choose the m best for a KV head, in launches of their own; 0: the last one that scores does it.
+        That looks at all logits where many are wanted, and at what is noted of runs, twice, where few are."""
+        looked = positions * group // (1 if FEW * m > positions // RUN else RUN // 2)
+        several = min(self.device.multiprocessors // heads, -(-positions // (4 * CHOOSERS)))
+        return several if looked >= LONG and several > 1 else 0
 
     def _marks(self, heads: int, slots: int) -> tuple[int, Array | None]:
         """A bit for each slot: bytes of shared memory, or where these are too many, scratch of the heads."""

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,11 @@ LATENTS = {"7b": "latent-f16", "8b": "latent-q4"}
 EIGHT = (64, 8, 128)  # of a larger one, whose groups of eight query heads take the most registers
 OF_EIGHT = {"h2o:budget=256": "f32", "lm-infinite:budget=256": "f32", "sparq:k=64": "f32", "dense": "q8_0"}
 EVICTING = {"7b": "f32", "8b": "f16", "smollm2": "q8_0"}  # keys and values of shapes that H2O and D2O run on
+LONG_CONTEXT = 1 << 18  # where several blocks of a card choose for a KV head
 Variant = tuple[str, tuple[tuple[str, Any], ...]]  # a file and its constants
+
+
+tensor = cache(random_tensor)  # whatever its numbers
 
 
 class NotingDevice:
@@ -97,8 +102,8 @@ def weights(ops: GpuOps, c: ModelConfig, kind: str) -> Weights:
     shapes = {"wq": (q, n), "wk": (kv, n), "wv": (kv, n), "wo": (n, q)}
     shapes |= {"w_gate": (ff, n), "w_up": (ff, n), "w_down": (n, ff)}
     norm, none = np.ones(n, np.float32), dict.fromkeys(("bq", "bk", "bv", "q_norm", "k_norm"))
-    layer = {name: ops.matrix(random_tensor(kind, *shape)) for name, shape in shapes.items()}
-    output = ops.matrix(random_tensor(kind, c.n_vocab, n))
+    layer = {name: ops.matrix(tensor(kind, *shape)) for name, shape in shapes.items()}
+    output = ops.matrix(tensor(kind, c.n_vocab, n))
     return Weights(output, [LayerWeights(attn_norm=norm, ffn_norm=norm, **none, **layer)], norm, output, None)
 
 
@@ -107,7 +112,7 @@ def low_rank(ops: GpuOps, c: ModelConfig, w: Weights) -> tuple[ModelConfig, Weig
     palu = PaluConfig(4, (c.head_dim,), (3 * c.head_dim,), "f16", False)
     groups, rope = c.n_head_kv // palu.group_size, make_rope(c)
     first, second = (
-        [random_tensor("F16", *shape) for shape in shapes]
+        [tensor("F16", *shape) for shape in shapes]
         for shapes in zip(
             *(((groups * r, c.n_embd), (c.n_head_kv * c.head_dim, r)) for r in (palu.k_ranks[0], palu.v_ranks[0])),
             strict=True,
@@ -120,11 +125,11 @@ def low_rank(ops: GpuOps, c: ModelConfig, w: Weights) -> tuple[ModelConfig, Weig
     return c, replace(w, layers=[layer])
 
 
-def run(ops: GpuOps, c: ModelConfig, w: Weights, spec: str, kv: str, batch: int = 1) -> None:
+def run(ops: GpuOps, c: ModelConfig, w: Weights, spec: str, kv: str, batch: int = 1, n_ctx: int = 1024) -> None:
     """A prompt, two steps, and some of it forgotten."""
     policy, n = parse_policy(spec), 600
     decoder = Decoder(c, w, ops, policy)
-    cache = decoder.new_cache(policy.plan(c, 1024, *get_stores(kv, c.palu)), batch)
+    cache = decoder.new_cache(policy.plan(c, n_ctx, *get_stores(kv, c.palu)), batch)
     for seq in range(batch):
         decoder.prefill(cache, [1] * n, seq, logits="none")
     for _ in range(2):
@@ -150,6 +155,8 @@ def variants_of(arch: int) -> dict[Variant, set[str]]:
         for spec in POLICIES:
             for kv in ("f16", "q8_0", "q4_0", "f32") if name == "smollm2" or spec in ALL_STORES else ("f16",):
                 run(ops, c, w, spec, kv)
+        for spec in ("sparq:k=64", "sparq:k=64:k_index=q4"):
+            run(ops, c, w, spec, "f16", n_ctx=LONG_CONTEXT)
         if name in LATENTS:
             run(ops, *low_rank(ops, c, w), "dense", LATENTS[name])
         run(ops, c, w, "h2o:budget=256", EVICTING[name])

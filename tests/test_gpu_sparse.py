@@ -11,6 +11,7 @@ import test_coded_index
 import test_sparse_ops
 from cuda_host.arrays import DeviceArray
 from emulated import emulated_ops
+from gpu_variants import NotingDevice
 from test_ops import NUMBERS, TRUTH, assert_close, normal
 from test_sparse_ops import assert_best, int32, until
 
@@ -193,6 +194,31 @@ def test_heavy_rows(ops: Any, store: str, n_head: int, n_head_kv: int, d: int, r
 
 def test_heavy_rows_by_codes(ops: Any) -> None:
     test_coded_index.test_heavy_rows(ops)
+
+
+def test_several_blocks_choose(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one would."""
+    monkeypatch.setattr(sparse_ops.SparseOps, "_choosers", lambda *_: 3)
+    test_the_best_of_all_kinds(ops, "infinite")
+    test_the_best(ops, *CASES[0])
+    test_the_best(ops, *CASES[-1])
+    test_blocks_of_several_tiles(ops, monkeypatch)
+    test_more_equals_than_are_listed(ops, 5)
+    test_what_is_not_finite(ops, np.nan)
+    test_nothing_is_left_over(ops)
+    test_heavy_rows(ops, *CASES[0], 40)
+    test_heavy_rows_by_codes(ops)
+    monkeypatch.setattr(sparse_ops, "STANDARD", 0)
+    test_the_best_of_all_kinds(ops, "random")
+
+
+def test_they_do_where_one_would_be_long_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = sparse_ops.SparseOps(NotingDevice(90))
+    for expected, heads, group, slots, k in (
+        (4, 32, 1, 32768, 2048), (0, 32, 1, 32768, 128), (0, 32, 1, 16384, 1024), (0, 128, 1, 32768, 2048),
+        (16, 8, 4, 131072, 128), (2, 8, 4, 8192, 512), (0, 8, 4, 32768, 128),
+    ):  # fmt: skip
+        assert ops._choosers(heads, group, slots, k) == expected
 
 
 # -- the index in 4 bits -----------------------------------------------------------------------------------------------
