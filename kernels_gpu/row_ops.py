@@ -21,7 +21,8 @@ from .matrices import THREADS, Matrix, make_matrix
 if TYPE_CHECKING:
     from minirt.weights import LayerWeights
 
-FEW_ROWS = 8  # up to here weights are multiplied as they are; beyond, on tensor cores
+FEW_ROWS = 8  # up to here weights may be multiplied as they are
+ROWS_OF_ONE = 4  # up to here they are, where there are tensor cores: more activations take longer to read than weights
 SOME_ROWS = 64  # up to here a block reads weights for all rows
 TENSOR_CORES = (7, 5)  # capability; without, batches.cu has too few registers
 TILE, BATCH_TILE = 64, 128  # rows of weights of a block of gemm.cu and of batches.cu
@@ -132,7 +133,7 @@ class RowOps(BaseOps):
         begins = list(itertools.accumulate((m.shape[0] for m in matrices), initial=0))[:-1]
         if out is None:
             out = self._buffer(f"product of {len(matrices)}", (n, begins[-1] + matrices[-1].shape[0]))
-        if n > FEW_ROWS:
+        if n > FEW_ROWS or self._is_batch(n, n_in):
             self._many(x, matrices, begins, kind, norm, eps, out, add)
             return out
         for numbers in (False, True):
@@ -144,6 +145,10 @@ class RowOps(BaseOps):
             some, places = [matrices[i] for i in own], [begins[i] for i in own]
             self._few(given, x, some, places, kind, norm, eps, out, add)
         return out
+
+    def _is_batch(self, n: int, n_in: int) -> bool:
+        """Whether n sequences, or tokens of a prompt, are multiplied on tensor cores, all of them by one block."""
+        return ROWS_OF_ONE < n <= SOME_ROWS and n_in % 8 == 0 and self.device.capability >= TENSOR_CORES
 
     def _makes_input(self, n: int, m: Matrix) -> bool:
         """Whether a block of products makes its input: of one row, if its shared memory takes that."""
@@ -223,7 +228,7 @@ class RowOps(BaseOps):
         n, n_in = len(x), matrices[0].shape[1]
         halves, factors = self._buffer("halves", (n, n_in), np.uint16), self._buffer("factors", (n,))
         self._prepare(x, n_in, kind, norm, eps, None, None, halves, factors)
-        if n <= SOME_ROWS and n_in % 8 == 0 and self.device.capability >= TENSOR_CORES:
+        if self._is_batch(n, n_in):
             for same in _alike(matrices, begins):
                 self._batch(halves, factors, same, out, add)
             return
@@ -236,7 +241,7 @@ class RowOps(BaseOps):
     def _batch(self, halves: Array, factors: Array, matrices: list[tuple[Matrix, int]], out: Array, add: bool) -> None:
         """Products of a batch of sequences with matrices of a format, which begin in columns of out."""
         (n, n_in), m = halves.shape, matrices[0][0]
-        size = next(size for size in (16, 32, 64) if n <= size)
+        size = next(size for size in (8, 16, 32, 64) if n <= size)
         tiles = sum(-(-m.shape[0] // BATCH_TILE) for m, _ in matrices)
         f = FORMATS.get(m.name)
         is_small = f is None or (f.low_bits == 4 and f.scales == "HALF")  # decoded in few registers

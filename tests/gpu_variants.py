@@ -167,7 +167,7 @@ def variants_of(arch: int) -> dict[Variant, set[str]]:
         run(ops, c, w, spec, kv)
     c = config(4, 4, 64)
     for kind in TYPES:
-        for batch in (1, 2, 4, 8, 16, 32, 64) if kind in ("Q4_0", "Q8_0", "Q6_K", "F16") else (1, 8, 64):
+        for batch in (1, 2, 4, 8, 16, 32, 64) if kind in ("Q4_0", "Q8_0", "Q6_K", "F16") else (1, 4, 64):
             run(ops, replace(c, n_embd=256), weights(ops, replace(c, n_embd=256), kind), "dense", "f16", batch)
     return device.variants
 

@@ -17,7 +17,7 @@ from make_gguf import tiny_model
 from make_palu import make_palu
 
 import kernels_gpu
-from kernels_gpu.row_ops import FEW_ROWS
+from kernels_gpu.row_ops import ROWS_OF_ONE
 from minirt import Llama
 from minirt.bandwidth import models
 from minirt.bench import Workload, measure
@@ -104,7 +104,7 @@ def test_latents(on_card: Any, tmp_path: Path, arch: str, latent: str, n: int) -
 def floats(device: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A model that computes in float32 throughout, prompts too: its weights are, and few rows go through it together,
     whose results then need memory of their own."""
-    monkeypatch.setattr("minirt.decoder.CHUNK", FEW_ROWS)
+    monkeypatch.setattr("minirt.decoder.CHUNK", ROWS_OF_ONE)
     monkeypatch.setattr(device, "_own", lambda name, shape: device.device.empty(shape, np.float32))
     model, rng = make_gguf.tiny(), np.random.RandomState(1)
     for name, entry in model.tensors.items():

@@ -36,6 +36,14 @@ def test_numbers_of_rows(ops: Any, n: int) -> None:
     test_ops.test_products_of_every_type(ops, "F16", n)
 
 
+@pytest.mark.parametrize("name", ["Q4_0", "Q6_K", "F16", "F32"])
+def test_some_rows_without_tensor_cores(ops: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.ops.device, "capability", (6, 1))
+    monkeypatch.setattr(test_ops, "ROWS_OF_ONE", row_ops.FEW_ROWS)
+    for n in (5, 8):
+        test_ops.test_products_of_every_type(ops, name, n)
+
+
 @pytest.mark.parametrize("name", ["Q4_0", "Q8_0", "Q6_K", "Q5_K", "F16", "F32"])
 def test_products_of_prompts(ops: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(row_ops, "SOME_ROWS", 0)
@@ -44,7 +52,14 @@ def test_products_of_prompts(ops: Any, name: str, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("name", "n", "rows", "columns"),
-    [("Q4_0", 64, 130, 64), ("Q8_0", 9, 300, 1056), ("F16", 17, 129, 72), ("BF16", 33, 40, 1544), ("F32", 10, 5, 40)],
+    [
+        ("Q4_0", 64, 130, 64),
+        ("Q8_0", 9, 300, 1056),
+        ("F16", 17, 129, 72),
+        ("BF16", 33, 40, 1544),
+        ("F32", 10, 5, 40),
+        ("Q6_K", 5, 200, 512),
+    ],
 )
 def test_batches(ops: Any, name: str, n: int, rows: int, columns: int) -> None:
     """Rows and columns that end within a tile; columns that several blocks share, or one has."""

@@ -16,6 +16,7 @@ from kernels_cpu import CpuOps
 from kernels_cpu.activations import LARGEST, RADIX, quantize
 from kernels_cpu.integer_products import HAS_WORDS
 from kernels_cpu.ops import FEW_ROWS
+from kernels_gpu.row_ops import ROWS_OF_ONE
 from minirt.gguf_file import TENSOR_TYPES
 from minirt.ops import KV, Far
 from minirt.reference import ReferenceOps, silu
@@ -63,7 +64,7 @@ def rounding(store: str) -> float:
 
 
 def allowed(ops: Any, name: str, n: int) -> float:
-    if ops.name == "gpu" and n > FEW_ROWS:
+    if ops.name == "gpu" and n > ROWS_OF_ONE:
         return HALVES
     if ops.name == "gpu" and TENSOR_TYPES[name].block_size > 1:
         return 2e-4
