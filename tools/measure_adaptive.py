@@ -7,16 +7,19 @@ Windows of a text are decoded as by `minirt perplexity --kld`, and compared with
 bytes are what steps read of the cache on average, as counted. OUTPUT is written after each policy; those that it holds
 for the same settings are not measured again.
 
-Beside `sparq` with k a number, and k = auto, is the rule that auto could be instead: the fewest rows that cover a share
-1 - eps of each head's weight, the newest and then the heaviest first.
+Each k = auto is then compared with numbers k that read as much, or one row more, for several r. Beside them is the rule
+that auto could be instead: the fewest rows that cover a share 1 - eps of each head's weight, the newest and then the
+heaviest first.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import platform
 import statistics
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +32,7 @@ from minirt import Llama, __version__
 from minirt.bandwidth.grid import commit
 from minirt.bench import cpu_name
 from minirt.cache import Cache
+from minirt.config import ModelConfig
 from minirt.ops import Array, Ops
 from minirt.perplexity import Divergence, cut_windows, decoded_logits, dense_log_probs
 from minirt.policies import parse_policy
@@ -41,6 +45,7 @@ POLICIES = (
     *(f"sparq:r={r}:k=auto:eps={eps}" for r in (12, 16, 32, 8) for eps in (0.75, 1.0, 0.5, 1.5)),
     *(f"share:eps={eps}" for eps in (0.1, 0.05, 0.2)),
 )
+BESIDE_R, LEAST_K = (8, 10, 12, 16, 20, 24, 32), 16  # of a fixed k that reads as much as an adaptive one
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,17 @@ class Share(SparQ):
 def made(spec: str) -> BasePolicy:
     name, _, eps = spec.partition(":eps=")
     return Share(k="auto", eps=float(eps)) if name == "share" else parse_policy(spec)  # type: ignore[return-value]
+
+
+def as_much(c: ModelConfig, measured: Mapping[str, dict[str, Any]]) -> list[str]:
+    """SparQ with a fixed k that reads what an adaptive one does, as those show that were measured."""
+    first, row = POLICIES[0], c.n_layer * c.n_head_kv * 2 * c.head_dim * 2  # bytes of keys and values of a token
+    known = parse_policy(first)
+    assert isinstance(known, SparQ)
+    component = (measured[first]["kv_bytes_read"] - known.rows * row) / known.r
+    adaptive = [found["kv_bytes_read"] for spec, found in measured.items() if ":k=auto" in spec]
+    wanted = [(r, math.ceil((nbytes - r * component) / row)) for nbytes in adaptive for r in BESIDE_R]
+    return list(dict.fromkeys(f"sparq:r={r}:k={k}" for r, k in wanted if k >= LEAST_K))
 
 
 def measure(llama: Llama, spec: str, windows: np.ndarray, base: list[np.ndarray]) -> dict[str, Any]:
@@ -107,7 +123,8 @@ def main(model: str, text: Path, threads: int, ctx: int, chunks: int, output: Pa
         every = cut_windows(llama.tokenizer.encode_bytes(text.read_bytes()), ctx)
         windows = every[:: len(every) // chunks][:chunks]
         base = [log_probs.copy() for log_probs in dense_log_probs(llama, windows)]
-        for spec in POLICIES:
+        specs = list(POLICIES)
+        for spec in specs:
             if spec not in result["policies"]:
                 # What Share does between the calls of ops is not recorded.
                 llama.decoder.ops.record = (
@@ -117,6 +134,8 @@ def main(model: str, text: Path, threads: int, ctx: int, chunks: int, output: Pa
                 output.write_text(json.dumps(result, indent=1) + "\n")
             row = result["policies"][spec]
             click.echo(f"{spec:28} {row['kv_bytes_read'] / 2**20:6.2f} MiB/token  KLD {row['kld']:.5f}")
+            if spec == POLICIES[-1]:
+                specs += as_much(llama.config, result["policies"])
 
 
 if __name__ == "__main__":
