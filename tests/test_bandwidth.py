@@ -199,9 +199,41 @@ def test_attention_is_measured_and_checked(monkeypatch: pytest.MonkeyPatch) -> N
     assert sparq["speed_up"] == dense["ms"] / sparq["ms"]
     assert tova["ratio_of_bytes"] == dense["bytes_formula"] / tova["bytes_formula"]
     assert all(0 < record["error"] < 1e-3 for record in records)
-    monkeypatch.setattr(type(ops), "attend", lambda self, q, *_: 0.9 * q)
-    with pytest.raises(ModelError, match=r"B=2 S=200 4/2x32 f16, dense: the result is off by"):
-        attention.measure(ops, cell, texts, rounds=1, room=ROOM)
+
+
+def no_newest(attend: Any, ops: Any, q: Any, kv: Any, first: Any, stop: Any) -> Any:
+    return attend(ops, q, kv, first, stop - np.int32(1))
+
+
+def no_last_head(attend: Any, *args: Any) -> Any:
+    out = attend(*args).copy()
+    out[-1, -1] = 0.0
+    return out
+
+
+@pytest.mark.parametrize("wrong", [no_newest, no_last_head])
+def test_what_is_wrong_is_not_measured(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even a row of many, or a head."""
+    ops = open_ops("cpu", 1)
+    right = type(ops).attend
+    monkeypatch.setattr(type(ops), "attend", lambda *args: wrong(right, *args))
+    with pytest.raises(ModelError, match=r"B=16 S=4096 4/2x32 f16, dense: the result is off by"):
+        attention.measure(ops, Cell(16, 4096, 4, 2, 32, "f16"), ["dense"], rounds=1, room=ROOM)
+
+
+def test_rows_are_counted_that_are_read() -> None:
+    """By a policy that finds out how many."""
+    texts = ["dense", "sparq:r=8:k=auto:most=100:local=4"]
+    cell, ops = Cell(2, 300, 4, 2, 32, "f16"), open_ops("cpu", 1)
+    auto = attention.measure(ops, cell, texts, rounds=1, room=ROOM)[1]
+    assert auto["bytes_formula"] == auto["bytes_read"] < 2 * 2 * (300 * 8 + 2 * 100 * 32) * 2
+    config, work = synthetic.config_of(SHAPE), models.Workload(2, 300, "f16", 1, 1)
+    decoder = Decoder(config, synthetic.weights_of(ops, config, "Q8_0"), ops, Dense())
+    policy = parse_policy(texts[1])
+    most = 2 * policy.bytes_read(config, policy.plan(config, work.n_ctx, *get_stores("f16")), 300)
+    assert 0 < models.measure(decoder, work, texts, room=ROOM)[1]["kv_bytes"] < most
+    records = throughput.measure(decoder, work, texts, room=ROOM, most=4)
+    assert 0 < records[1]["bytes_read"] - bytes_per_token(decoder.weights) < most
 
 
 def test_what_does_not_fit_is_told_before_it_is_allocated(decoder: Decoder) -> None:
@@ -296,7 +328,8 @@ def test_policies_that_were_not_measured_in_turn_are_no_cell(cli: Cli, tmp_path:
     file = tmp_path / "a.jsonl"
     flags = ("attention", "--device", "reference", "--heads", "1x32", "-d", 16, "--rounds", 1, "--save", file)
     first, second = "window:budget=8", "topk:k=4"
-    for policies, n in ((first, 2), (second, 3), (f"{first},{second}", 6), (f"{first},{second}", 6)):
+    both = f"{first},{second}"
+    for policies, n in ((first, 2), (second, 3), (both, 6), (both, 6), (second, 6)):
         if policies == second:  # as if dense attention had not been measured with the first one
             rows = file.read_text().splitlines()
             file.write_text(rows[1] + "\n")

@@ -136,6 +136,7 @@ WRONG = [
     ("sparq --r 4 --k 8 --most 9", "--most goes with --k auto, not with --k 8"),
     ("sparq --r 4 --k auto --eps -1", "--eps -1.0 is out of range (0 or more)"),
     ("sparq --r 4 --k auto --eps nan", "--eps nan is out of range (0 or more)"),
+    ("sparq --r 4 --k auto --eps 1e400", "--eps inf is out of range (0 or more)"),
     ("sparq --r 4 --k auto --eps few", "--eps few is not a number"),
     ("sparq --r 4 --k auto --most 65", "--most 65 is out of range (1 to 64, the context)"),
     ("sparq --r 4 --k auto --most 8 --local 9", "--local 9 is out of range (1 to 8, the tokens that are read)"),

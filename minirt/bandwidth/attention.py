@@ -23,14 +23,15 @@ from ..policies import Policy, in_proportion, parse_policy
 from ..reference import ReferenceOps
 from ..stores import Store, get_stores
 from .caches import caches_bytes, caches_of, check_room, fill_all, most_filling
-from .counted import CountedOps
+from .counted import CountedOps, formula_bytes
 from .paired import in_turn
 from .synthetic import SEED, RandomRows, Shape, config_of, factors_of, fill, random_queries, with_latents
 
 TOUCHED = 1 << 30  # bytes that the policy which reads least shall read before it comes to a layer again, unless ...
 MOST_LAYERS, MOST_BYTES = 64, 6 << 30  # ... so many would not be enough
 CHECKED = 1 << 19  # rows of keys that the reference is asked for, if nobody says otherwise
-TOLERANCE = 0.05  # of a result's norm: an approximate choice may turn on the last bit, a wrong kernel is off by 1
+# Of the norm of a head's result: what most heads may be off, and one whose choice of rows turns on the last bit.
+MOST_OFF, ONE_OFF = 2e-3, 0.3
 BASELINE = "dense"
 LATENT = "latent-"  # in the names of KV types that are Palu's
 
@@ -103,9 +104,10 @@ def measure(
     layers = _layers_of(cell, made, stores, room)
     errors = {}
     for text, policy in made.items():
-        errors[text] = error_of(ops, cell, policy, checked)
-        if not errors[text] <= TOLERANCE:
-            raise ModelError(f"{cell}, {text}: the result is off by {errors[text]:.2g} of its norm")
+        errors[text], worst = error_of(ops, cell, policy, checked)
+        if not (errors[text] <= MOST_OFF and worst <= ONE_OFF):
+            off = f"the result is off by {errors[text]:.2g} of its norm, that of a head by {worst:.2g}"
+            raise ModelError(f"{cell}, {text}: {off}")
         advance()
     config = cell.config.of_layers([0] * layers)
     plans = {text: policy.plan(config, cell.depth, *stores) for text, policy in made.items()}
@@ -118,7 +120,7 @@ def measure(
     timed = in_turn(steps, steps[BASELINE].settle, rounds, advance)
     records: list[dict[str, Any]] = []
     for text, policy in made.items():
-        own, formula = timed[text], cell.n_seq * policy.bytes_read(config, plans[text], cell.depth) // layers
+        own, formula = timed[text], formula_bytes(ops, policy, config, caches[text], cell.depth) // layers
         read, written = _touched(ops, policy, caches[text], inputs, layers)
         ms = own.record()
         records.append(
@@ -184,8 +186,9 @@ def _layers_of(cell: Cell, policies: Mapping[str, Policy], stores: tuple[Store, 
     return max(1, min(MOST_LAYERS, -(-TOUCHED // max(least, 1)), min(room - filling, MOST_BYTES) // need))
 
 
-def error_of(ops: Ops, cell: Cell, policy: Policy, checked: int = CHECKED) -> float:
-    """How far a policy's attention is from the reference's, as a share of its norm.
+def error_of(ops: Ops, cell: Cell, policy: Policy, checked: int = CHECKED) -> tuple[float, float]:
+    """How far a policy's attention is from the reference's, as a share of a head's norm: in half of the heads of all
+    sequences at most, and in any.
 
     At the cell's own depth, or at as many tokens as the reference is asked for.
     """
@@ -198,5 +201,7 @@ def error_of(ops: Ops, cell: Cell, policy: Policy, checked: int = CHECKED) -> fl
         cache = decoder.new_cache(small.plan(config, depth, *stores), cell.n_seq)
         fill(device, cache, small, config, depth - 1)
         inputs = _inputs(device, replace(cell, depth=depth), cache.plan, config)
-        found.append(np.array(device.to_host(small.attend(device, cache, 0, *inputs))))
-    return float(np.linalg.norm(found[0] - found[1]) / np.linalg.norm(found[1]))
+        heads = np.array(device.to_host(small.attend(device, cache, 0, *inputs)))
+        found.append(heads.reshape(cell.n_seq * cell.n_head, -1))
+    off = np.linalg.norm(found[0] - found[1], axis=1) / np.linalg.norm(found[1], axis=1)
+    return float(np.median(off)), float(off.max())

@@ -10,11 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from ..cache import CachePlan
+from ..cache import Cache, CachePlan
+from ..config import ModelConfig
 from ..ops import CODED_UNIT, KV, Array, CodedIndex, Far, IntArray, Ops
+from ..policies import Policy
 from ..stores import Latents, Store
 
 _FLOAT32 = _INT32 = 4  # bytes
+
+
+def formula_bytes(ops: Ops, policy: Policy, config: ModelConfig, cache: Cache, n: int) -> int:
+    """Bytes that a step reads of the caches of all sequences, with n tokens each, by the policy's formula: for as many
+    rows as it read if it finds out by itself how many."""
+    n_seq = len(cache.n_seen)
+    if "counts" in cache.side:
+        return round(sum(policy.bytes_touched(ops, config, cache, seq, n) for seq in range(n_seq)))
+    return n_seq * policy.bytes_read(config, cache.plan, n)
 
 
 class CountedOps:

@@ -33,10 +33,10 @@ class Rows(Records):
 
     key = (
         "benchmark", "version", "device", "threads", "model", "context", "kv", "batch", "depth", "rounds", "policy",
-        "same", "steps", "most", "fingerprint",
+        "same", "steps", "most", "fingerprint", "beside",
     )  # fmt: skip
     # of rows that were kept before these fields were: as the default model and options have them
-    defaults: ClassVar[Record] = {"steps": 0, "most": 256, "fingerprint": ""}
+    defaults: ClassVar[Record] = {"steps": 0, "most": 256, "fingerprint": "", "beside": ""}
     numbers = (
         "threads", "batch", "depth", "rounds", "ms", "ms_low", "ms_high", "gb_per_s", "percent_of_memory", "speed_up",
     )  # fmt: skip
@@ -77,7 +77,7 @@ class Cell:
         return {
             "benchmark": self.benchmark, "version": __version__, "device": machine.name, "threads": machine.threads,
             "model": self.model, "context": self.context, "kv": self.kv, "batch": self.batch, "depth": self.depth,
-            "rounds": self.rounds, "policy": policy, "same": same, **self.settings,
+            "rounds": self.rounds, "policy": policy, "same": same, "beside": " ".join(self.policies), **self.settings,
         }  # fmt: skip
 
     def __str__(self) -> str:
@@ -119,13 +119,9 @@ class Machine:
 
 def known(cell: Cell, machine: Machine, rows: Rows) -> list[Record] | None:
     """The rows of a cell, if all were measured before, in turn."""
-    found: list[Record] = []
-    for same in cell.same:
-        own = [row for policy in cell.policies if (row := rows.find(**cell.key(policy, same, machine))) is not None]
-        if len(own) < len(cell.policies) or len({row.get("dense_ms") for row in own}) > 1:
-            return None
-        found += own
-    return found
+    every = [rows.find(**cell.key(policy, same, machine)) for same in cell.same for policy in cell.policies]
+    found = [row for row in every if row is not None]
+    return found if len(found) == len(every) else None
 
 
 def run(

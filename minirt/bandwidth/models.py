@@ -25,6 +25,7 @@ from ..session import prompt_chunks
 from ..stores import get_stores
 from .attention import BASELINE, resolve
 from .caches import caches_bytes, caches_of, check_room, fill_all, most_filling
+from .counted import formula_bytes
 from .paired import Timed, in_turn
 from .synthetic import SEED
 
@@ -92,7 +93,7 @@ def measure(
     runs[WITHOUT] = Run(without, without.new_cache(plan, work.n_seq), work)
     timed = in_turn(runs, lambda: None, work.rounds, advance, piece=0)
     weights = bytes_per_token(decoder.weights), bytes_per_token(bare)
-    read = {text: work.n_seq * policy.bytes_read(c, plans[text], work.depth) for text, policy in made.items()}
+    read = {text: formula_bytes(decoder.ops, policy, c, caches[text], work.depth) for text, policy in made.items()}
     return list(_records(work, timed, read, weights, c.n_layer, full_layers or c.n_layer))
 
 

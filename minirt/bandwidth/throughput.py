@@ -15,6 +15,7 @@ from ..llama import bytes_per_token
 from ..stores import get_stores
 from .attention import BASELINE
 from .caches import check_room, most_filling
+from .counted import formula_bytes
 from .models import Run, Workload, policies_of
 from .paired import in_turn
 from .synthetic import fill
@@ -56,7 +57,8 @@ def measure(
         for text, policy in made.items():
             n = batches[text][same]
             own = timed[f"{text} {n}"]
-            read = bytes_per_token(decoder.weights) + n * policy.bytes_read(c, plans[text], work.depth)
+            cache = runs[f"{text} {n}"].cache
+            read = bytes_per_token(decoder.weights) + formula_bytes(ops, policy, c, cache, work.depth)
             times = {name: value / work.steps for name, value in own.record().items()}
             records.append(
                 {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
@@ -58,7 +59,7 @@ class BasePolicy:
             object.__setattr__(self, name, value)
             if value in of:
                 continue
-            if (least is not None and not value >= least) or (most is not None and not value <= most):  # true for NaN
+            if (least is not None and not least <= value < math.inf) or (most is not None and not value <= most):
                 allowed = f"{least} or more" if most is None else f"{least} to {most}"
                 raise UsageError(f"{flag(name)} {value} is out of range ({allowed})")
             if f.metadata["kind"] is str and of:
