@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +21,7 @@ from test_dequantize import random_tensor
 
 from kernels_gpu.device import source_of
 from kernels_gpu.ops import GpuOps
+from minirt.bandwidth.grid import commit
 from minirt.config import ModelConfig, PaluConfig, RopeScaling
 from minirt.decoder import Decoder
 from minirt.ops import KV, MergeRule
@@ -205,13 +205,6 @@ def report() -> str:
 
 def numbers(used: Resources | None) -> list[int] | None:
     return None if used is None else [used.registers, used.shared, used.spill]
-
-
-def commit() -> str:
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return described.stdout.strip()
 
 
 if __name__ == "__main__":

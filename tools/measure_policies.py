@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -25,6 +24,7 @@ import numpy as np
 
 from kernels_cpu import CpuOps
 from minirt import Llama, __version__
+from minirt.bandwidth.grid import commit
 from minirt.bench import cpu_name, read_bandwidth
 from minirt.decoder import Decoder
 from minirt.ops import INDEX_BLOCK, KV
@@ -144,13 +144,6 @@ def ops_alone(ops: CpuOps, n_head: int, n_head_kv: int, d: int, r: int, s: int, 
         "index_gb_per_s": 2 * n_head_kv * s * r / us["approximate_top_k"] / 1e3,
         "top_k_share": us["top_k_of_a_head"] * n_head_kv / ops.threads / us["approximate_top_k"],
     }  # fmt: skip
-
-
-def commit() -> str:
-    run = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return run.stdout.strip()
 
 
 @click.command()

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
@@ -25,6 +24,7 @@ import click
 import numpy as np
 
 from minirt import Llama, __version__
+from minirt.bandwidth.grid import commit
 
 WINDOW = 512
 ROUNDS = 5
@@ -105,7 +105,7 @@ def main(truth: str | None, text: str | None, output: str) -> None:
         "cpu": _cpu_name(),
         "python": platform.python_version(),
         "versions": {"minirt": __version__} | {name: version(name) for name in ("numpy", "numba", "llvmlite")},
-        "commit": _commit(),
+        "commit": commit(),
         "settings": "SmolLM2-135M-Instruct Q4_1, f16 KV cache, threads = physical cores, medians of 5",
         "speed": start() | speed(),
     }
@@ -125,14 +125,6 @@ def _cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
     return f"{name}, {os.cpu_count()} CPUs"
-
-
-def _commit() -> str:
-    git = shutil.which("git")
-    if git is None:
-        return ""
-    command = [git, "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from .memory import available_memory, copy_bandwidth, memory_bandwidth, read_ban
 from .synthetic import SEED
 
 FREE_SHARE = 0.9  # of the memory that is free, that caches may take
+RESULTS_APART = ":(top,exclude)tools/results"
 LIBRARIES = ("numpy", "numba", "cupy-cuda12x", "cupy-cuda13x")
 
 Record = dict[str, Any]
@@ -168,12 +169,13 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the checkout that this is; empty where it is none."""
+    """Of the checkout that this is, "-dirty" if anything but results differs from it; empty where it is none."""
+
+    def git(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *command], cwd=Path(__file__).parent, capture_output=True, text=True)
+
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty"],
-            cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
+        found, changed = git("describe", "--always"), git("diff", "--quiet", "HEAD", "--", ":/", RESULTS_APART)
+    except OSError:
         return ""
-    return found.stdout.strip()
+    return "" if found.returncode else found.stdout.strip() + "-dirty" * bool(changed.returncode)
