@@ -3,7 +3,8 @@
 What policies cost in quality was measured on one model (`frontier.json`, made by tools/paper_report.py): points of a
 policy and a KV type with their divergence from dense attention, and the characters of a passage that they repeat. Those
 that repeat, with a standard error more, less than half of what dense attention does have forgotten the text, however
-small their divergence is, and are taken only if no other will do. A point is taken to another model and context in
+small their divergence is, and are taken only if no other will do. Of those whose divergence is the least but for the
+error of measuring it, the fastest is taken. A point is taken to another model and context in
 proportion: the same share of a head's components, of the tokens, of the budget. What it reads and holds there is the
 policy's own account; of the rows that k = auto may read it is the part that was read where it was measured. A token's
 time is its bytes over the memory's speed, each at the share of that speed at which attention of its kind was measured
@@ -35,6 +36,7 @@ FRONTIER = Path(__file__).with_name("frontier.json")
 AUTO = "auto"
 STEP = 256  # tokens
 REPEATED = 0.5  # of what dense attention repeats: with less a policy has forgotten
+ERRORS = 2.0  # standard errors of a divergence, by which another one is no better
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Candidate:
     policy: Policy
     kv: str
     kld: float  # nats, of the model that was measured
+    kld_error: float  # standard error of that
     repeated: float  # characters of a passage that model repeats, as a share of what it does with dense attention
     repeated_error: float  # standard error of that
     speed: float  # over dense with a float16 cache, at the end of the context
@@ -92,8 +95,8 @@ def frontier() -> Mapping[str, Any]:
 
 
 def choose(wanted: Auto, config: ModelConfig, n_ctx: int, weight_bytes: int, kv: str, device: str) -> Candidate:
-    """The candidate of least divergence that is wanted, if possible one that does not forget; UsageError with what
-    there is, if there is none.
+    """The fastest candidate of least divergence that is wanted, if possible one that does not forget; UsageError with
+    what there is, if there is none.
 
     weight_bytes: that a token reads. kv: "auto", or the one type that may be. device: the name of an Ops.
     """
@@ -109,7 +112,8 @@ def choose(wanted: Auto, config: ModelConfig, n_ctx: int, weight_bytes: int, kv:
         )
     good = [c for c in found if c.speed >= wanted.speed and (wanted.kv_bytes is None or c.held <= most)]
     if good:
-        return min(good, key=lambda c: (c.forgets, c.kld, -c.speed))
+        best = min(good, key=lambda c: (c.forgets, c.kld, -c.speed))
+        return max((c for c in good if is_as_good(c, best)), key=lambda c: c.speed)
     small = [c for c in found if wanted.kv_bytes is None or c.held <= most]
     if not small:
         least = min(found, key=lambda c: c.held)
@@ -119,6 +123,11 @@ def choose(wanted: Auto, config: ModelConfig, n_ctx: int, weight_bytes: int, kv:
         f"--speed {wanted.speed:g}x: the most to expect at {n_ctx} tokens is {best.speed:.2f}x ({_text(best)}); "
         "a longer --ctx gains more"
     )
+
+
+def is_as_good(point: Candidate, best: Candidate) -> bool:
+    """As far as can be told from divergences that were measured."""
+    return point.forgets == best.forgets and point.kld <= best.kld + ERRORS * best.kld_error
 
 
 def reason(chosen: Candidate, config: ModelConfig, n_ctx: int, bandwidth: float | None) -> str:
@@ -185,7 +194,8 @@ def _candidates(config: ModelConfig, n_ctx: int, weight_bytes: int, wanted: str,
             policy = replace(policy, dense_until=until)
         own = full_bytes(policy, kv, plan, part=part)
         repeated = point["repetition"] / most, point["repetition_error"] / most
-        yield Candidate(policy, kv, point["kld"], *repeated, base / own, own, plan.nbytes(config), bool(shares))
+        kld = point["kld"], point["kld_error"]
+        yield Candidate(policy, kv, *kld, *repeated, base / own, own, plan.nbytes(config), bool(shares))
 
 
 def _part_of_rows(policy: Policy, point: Mapping[str, Any], config: ModelConfig, data: Mapping[str, Any]) -> float:

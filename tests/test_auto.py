@@ -32,12 +32,12 @@ DATA: dict[str, Any] = {
             ("dense", "f16", 0.5), ("dense", "q8_0", 0.4), ("sparq f16", "f16", 0.25), ("tova", "f16", 0.5),
         )
     ]}},
-    "points": [
-        {"policy": "dense", "kv": "f16", "kld": 0.0, "repetition": 20, "repetition_error": 1},
-        {"policy": "dense", "kv": "q8_0", "kld": 0.001, "repetition": 20, "repetition_error": 1},
-        {"policy": "sparq:r=8:k=64", "kv": "f16", "kld": 0.04, "repetition": 14, "repetition_error": 1},
-        {"policy": "tova:budget=1/8", "kv": "f16", "kld": 0.2, "repetition": 12, "repetition_error": 1},
-    ],
+    "points": [point | {"kld_error": 0.0, "repetition_error": 1} for point in (
+        {"policy": "dense", "kv": "f16", "kld": 0.0, "repetition": 20},
+        {"policy": "dense", "kv": "q8_0", "kld": 0.001, "repetition": 20},
+        {"policy": "sparq:r=8:k=64", "kv": "f16", "kld": 0.04, "repetition": 14},
+        {"policy": "tova:budget=1/8", "kv": "f16", "kld": 0.2, "repetition": 12},
+    )],
 }  # fmt: skip
 CONFIG = config_of("7b")
 N = 16384
@@ -102,7 +102,14 @@ def test_shares_that_were_not_measured_are_put_together() -> None:
 def test_a_coded_index_is_as_fast_as_it_was_measured(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever one in float16 is."""
     rows = [*DATA["efficiency"]["cpu"]["attention"], row("sparq q4", "f16", share)]
-    point = {"policy": "sparq:r=8:k=64:k_index=q4", "kv": "f16", "kld": 0.04, "repetition": 14, "repetition_error": 1}
+    point = {
+        "policy": "sparq:r=8:k=64:k_index=q4",
+        "kv": "f16",
+        "kld": 0.04,
+        "repetition": 14,
+        "kld_error": 0.0,
+        "repetition_error": 1,
+    }
     data = DATA | {"points": [DATA["points"][0], point], "efficiency": {"cpu": {"attention": rows}}}
     monkeypatch.setattr(auto, "frontier", lambda: data)
     bytes_of = N * 16 * 132 // 256 + 2 * 512 * 256 + 128 * 4  # a head: 16 components, 512 rows, the mean
@@ -144,6 +151,15 @@ def test_weights_take_their_time_too() -> None:
         pick("3x", weight_bytes=weights)
 
 
+def test_of_those_that_are_as_good_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    dense, _, sparq, _ = DATA["points"]
+    other = sparq | {"policy": "sparq:r=4:k=64", "kld": 0.05}
+    for error, r in ((0.0049, 16), (0.0051, 8)):
+        data = DATA | {"points": [dense, sparq | {"kld_error": error}, other]}
+        monkeypatch.setattr(auto, "frontier", lambda data=data: data)
+        assert str(pick("1.2x").policy).startswith(f"sparq:r={r}:")
+
+
 @pytest.mark.usefixtures("measured")
 def test_the_least_divergence_that_is_small_enough() -> None:
     half = pick(kv_bytes="9/16")
@@ -156,7 +172,14 @@ def test_the_least_divergence_that_is_small_enough() -> None:
 
 def test_what_forgets_is_taken_if_nothing_else_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
     """However little it diverges."""
-    h2o = {"policy": "h2o:budget=1/4", "kv": "f16", "kld": 0.01, "repetition": 5, "repetition_error": 1}
+    h2o = {
+        "policy": "h2o:budget=1/4",
+        "kv": "f16",
+        "kld": 0.01,
+        "repetition": 5,
+        "kld_error": 0.0,
+        "repetition_error": 1,
+    }
     monkeypatch.setattr(auto, "frontier", lambda: DATA | {"points": [*DATA["points"], h2o]})
     assert str(pick("2x").policy).startswith("sparq")
     assert "the least divergence and does not forget the text (0.040 nats" in auto.reason(pick("2x"), CONFIG, N, None)
@@ -170,7 +193,14 @@ def test_what_forgets_is_taken_if_nothing_else_will_do(monkeypatch: pytest.Monke
 def test_an_error_may_be_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 20 repeated characters 9 are less than half, 9 ± 2 may be more."""
     for error, forgets in ((0, True), (2, False)):
-        h2o = {"policy": "h2o:budget=1/4", "kv": "f16", "kld": 0.01, "repetition": 9, "repetition_error": error}
+        h2o = {
+            "policy": "h2o:budget=1/4",
+            "kv": "f16",
+            "kld": 0.01,
+            "repetition": 9,
+            "kld_error": 0.0,
+            "repetition_error": error,
+        }
         monkeypatch.setattr(auto, "frontier", lambda h2o=h2o: DATA | {"points": [DATA["points"][0], h2o]})
         assert pick("1.5x").forgets == forgets
 

@@ -15,10 +15,11 @@ sys.path.insert(0, str(TOOLS))
 import paper_adaptive  # noqa: E402
 import paper_report  # noqa: E402
 import paper_tables as tables  # noqa: E402
+import readme_tables  # noqa: E402
 from paper_results import shares  # noqa: E402
 from paper_targets import targets  # noqa: E402
 
-SAME = {"same_top": 0.9, "repetition": 8.0, "repetition_error": 1.0}
+SAME = {"kld_error": 0.001, "same_top": 0.9, "repetition": 8.0, "repetition_error": 1.0}
 POINTS = [
     {"policy": policy, "kv": kv, "read": read, "held": held, "kld": kld, **SAME}
     for policy, kv, read, held, kld in (
@@ -71,7 +72,7 @@ def test_copies_of_the_model_are_a_way_of_their_own(quality: tables.Quality) -> 
     assert PALU in frontier
     assert "| `dense` | latent-q4, 50 % of the rank | 14 % | 14 % | 0.1000 |" in tables.prices(frontier)
     assert quality.low_rank == [PALU]
-    assert "latent" not in paper_report.advice(quality)
+    assert "latent" not in readme_tables.advice(quality)
 
 
 def test_a_policy_by_its_shares() -> None:
@@ -88,12 +89,28 @@ def test_quality_is_that_of_the_same_shares_or_names_others(quality: tables.Qual
     assert quality.of("sparq:r=16:k=64", 2048, 64) == "0.080 / 90 % / 8.0 ± 1.0"
     assert quality.of("tova:budget=512", 4096, 64) == "0.300 / 90 % / 8.0 ± 1.0"
     assert quality.of("tova:budget=512", 8192, 64) == "0.300 / 90 % / 8.0 ± 1.0 (budget = S/8)"
+    assert quality.of("tova:budget=511", 8192, 64) == quality.of("sparq:r=16:k=64", 4097, 64) == "not measured"
     assert quality.of("dense", 4096, 64, "q8_0") == "0.001 / 90 % / 8.0 ± 1.0"
-    assert quality.of("window:budget=1/8", 4096, 64) == quality.of("tova:budget=1/8", 4096, 64, "q8_0") == "-"
+    assert (
+        quality.of("window:budget=1/8", 4096, 64) == quality.of("tova:budget=1/8", 4096, 64, "q8_0") == "not measured"
+    )
+
+
+def test_advice_takes_what_reads_less_at_the_same_divergence_and_does_not_forget(quality: tables.Quality) -> None:
+    point, best = POINTS[2], {"kld": 0.049, "read": 0.2}
+    quality.points.append(point | best | {"policy": "sparq:r=6:k=170"})
+    assert "r=6" not in readme_tables.advice(quality)
+    quality.points.append(point | best | {"policy": "sparq:r=7:k=170", "kld": 0.046})
+    assert "| 30 % to read | `--policy sparq:r=7:k=170` |" in readme_tables.advice(quality)
+    quality.points[-1] |= {"repetition": 2.0}
+    assert "r=7" not in readme_tables.advice(quality)
+    for p in quality.points[1:]:
+        p["repetition"] = 2.9
+    assert readme_tables.advice(quality).count("2.9 ± 1.0, forgets |") == 6
 
 
 def test_advice_takes_the_least_divergence_within_each_limit(quality: tables.Quality) -> None:
-    lines = [line.split(" | ")[1] for line in paper_report.advice(quality).splitlines()[2:]]
+    lines = [line.split(" | ")[1] for line in readme_tables.advice(quality).splitlines()[2:]]
     assert lines == [
         "`--policy dense`", "`--policy dense --kv q8_0`", "`--policy sparq:r=5:k=170`", "`--policy tova:budget=1/8`",
         "`--policy dense --kv q8_0`", "`--policy tova:budget=1/8`", "`--policy tova:budget=1/8`",
@@ -109,7 +126,7 @@ def test_a_model_beside_its_paper(tmp_path: Path, quality: tables.Quality) -> No
     )
     before, after = (
         "| 4096 | 100 (90.0-120) | 62 % | 62.5 (60.0-70.0) | 1.25x | 1.60x of 2.00x (80 %) |",
-        (" 2.00x of 2.50x (80 %) | 1.20x |"),
+        (" 2.00x of 2.50x (80 %) | 1.20x | 0.050 / 90 % / 8.0 ± 1.0 |"),
     )
     assert table.splitlines()[-1] == f"{before} 500 / 250 |{after}"
     assert tables.models(rows, quality, "m", SPARQ, {4096: 1.2}, short=True).splitlines()[-1] == before + after
@@ -138,15 +155,17 @@ def test_a_table_takes_the_times_of_one_cell(tmp_path: Path) -> None:
 
 
 def test_misses_of_targets_are_said(tmp_path: Path) -> None:
-    of_any = {"sparq:r=16:k=32": (2.0, 0.4), "sparq:r=16:k=128": (4.0, 0.1)}
-    of_any |= {"sparq:r=12:k=64": (2.9, 0.12), "sparq:r=12:k=32": (2.4, 0.5), "share:eps=0.1": (1.0, 1.0)}
-    of_any |= {"sparq:r=16:k=auto:eps=0.5": (3.0, 0.15), "sparq:r=16:k=auto:eps=1.0": (3.5, 0.2)}
-    of_any |= {"sparq:r=12:k=auto:eps=0.5": (2.7, 0.1)}
+    of_any = {"sparq:r=16:k=auto:eps=0.5": (3.0, 0.15), "sparq:r=16:k=58": (3.01, 0.2), "sparq:r=12:k=64": (3.02, 0.12)}
+    of_any |= {"sparq:r=12:k=auto": (2.7, 0.1), "sparq:r=12:k=50": (2.7, 0.11), "sparq:r=12:k=49": (2.69, 0.05)}
+    of_any |= {"share:eps=0.1": (3.0, 0.01), "sparq:r=16:k=auto": (2.0, 0.1), "sparq:r=12:k=20": (2.01, 0.2)}
     adaptive = {policy: {"kv_bytes_read": nbytes, "kld": kld} for policy, (nbytes, kld) in of_any.items()}
-    # The best there is goes through (2, 0.4), (2.9, 0.12), (4, 0.1): 0.118 at 3, 0.109 at 3.5, 0.157 at 2.7.
-    found = paper_adaptive.lower_than_fixed(adaptive)
-    assert found == {":r=16": (1, 0, 2), ":r=12": (1, 1, 1), "all": (2, 1, 3)}
-    assert paper_adaptive.less_than_best(adaptive, ":r=12") == "36 to 36 %"
+    pairs = paper_adaptive.pairs(adaptive)
+    assert pairs == [
+        ("12", "sparq:r=12:k=auto", *2 * ("sparq:r=12:k=50",)),
+        ("16", "sparq:r=16:k=auto:eps=0.5", "sparq:r=16:k=58", "sparq:r=12:k=64"),
+    ]
+    assert [paper_adaptive.less_than_best(adaptive, pair) for pair in pairs] == pytest.approx([-100 / 11, 25])
+    assert "| 16 | 1 of 1 | 0 of 1 |" in paper_adaptive.by_r(adaptive)
     rows, before = (
         rows_of(tmp_path, *(row for s in depths for row in whole_model(s, SPARQ)))
         for depths in ((32768, 131072), (32768,))
@@ -155,8 +174,8 @@ def test_misses_of_targets_are_said(tmp_path: Path) -> None:
     assert "| figure 9, S = 32768: speed-up over theory | 85 % or more | 80 % | **no** | 80 % |" in text
     assert "| figure 9, S = 131072: speed-up over theory | 85 % or more | 80 % | **no** | not measured |" in text
     assert "S = 16384: speed-up over ratio of bytes | 0.8 or more | not measured | **no** | not measured |" in text
-    assert "of the same r | all points | 2 of 3 | **no** | - |" in text
-    assert "of the best r for these bytes | all points | 1 of 3; of r=12 1 of 1 | **no** | - |" in text
+    assert "of the same r | all points | 2 of 2 | yes | - |" in text
+    assert "of the best r for these bytes | all points | 1 of 2 | **no** | - |" in text
 
 
 def test_marks_in_a_text() -> None:

@@ -26,6 +26,7 @@ import numpy as np
 
 from kernels_cpu import CpuOps
 from minirt import Llama, __version__
+from minirt.bandwidth.grid import commit
 from minirt.bench import cpu_name, read_bandwidth
 from minirt.cache import allocate_cache
 from minirt.decoder import Decoder
@@ -166,6 +167,7 @@ def main(model: str, text: str, threads: int, depth: int, rounds: int, chunks: i
     ops = CpuOps(threads)
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "cpu": cpu_name(), "threads": threads, "os": platform.platform(),
+        "commit": commit(),
         "versions": {"minirt": __version__} | {name: version(name) for name in ("numpy", "numba")},
         "read_bandwidth_gb_per_s": read_bandwidth(threads) / 1e9, "model": Path(model).name, "memory": memory(),
         "step_1": [step_1(ops, *shape, s, rounds) for shape in SHAPES for s in LENGTHS],

@@ -27,6 +27,7 @@ import click
 import numpy as np
 
 from minirt import Llama, __version__
+from minirt.bandwidth.grid import commit
 from minirt.bench import cpu_name
 from minirt.config import PaluConfig
 from minirt.decoder import Decoder
@@ -163,6 +164,7 @@ def main(model: str, text: str, windows: int, latents: bool, calibration: int, t
     with Llama.load(model, n_ctx=N_CTX, kv="f32", threads=threads) as llama:
         result: dict[str, Any] = {
             "date": time.strftime("%Y-%m-%d"), "cpu": cpu_name(), "threads": threads, "os": platform.platform(),
+            "commit": commit(),
             "versions": {"minirt": __version__} | {name: version(name) for name in ("numpy", "numba")},
             "model": llama.config.name, "type": _type(llama), "text": Path(text).name, "n_ctx": N_CTX,
             "windows": windows, "factors": "f16", "rows": [],

@@ -33,6 +33,7 @@ from kernels_cpu.memory import zeros
 from kernels_cpu.rebuilding import TILE, multiply_panels, pack
 from kernels_cpu.tile_registers import HAS_TILES
 from minirt import Llama, __version__
+from minirt.bandwidth.grid import commit
 from minirt.bench import cpu_name, read_bandwidth
 from minirt.cache import Cache
 from minirt.decoder import Decoder
@@ -155,6 +156,7 @@ def main(model: str, threads: int, depth: int, steps: int, rounds: int, output: 
     multiplications = depth * config.n_head_kv * config.head_dim * rank
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "cpu": cpu_name(), "threads": threads, "os": platform.platform(),
+        "commit": commit(),
         "versions": {"minirt": __version__} | {name: version(name) for name in ("numpy", "numba")},
         "model": Path(model).name, "n_layer": config.n_layer, "heads": [config.n_head, config.n_head_kv],
         "head_dim": config.head_dim, "group": grouping.size, "k_rank": rank, "v_rank": int(chosen[0, 1]),

@@ -23,6 +23,7 @@ import click
 import numpy as np
 
 from minirt import Llama, __version__
+from minirt.bandwidth.grid import commit
 from minirt.bench import cpu_name, read_bandwidth
 from minirt.decoder import Decoder
 from minirt.policies import Dense
@@ -86,6 +87,7 @@ def main(model: str, exact: str, text: str, threads: int, depth: int, speed_only
     known = json.loads(output.read_text())["quality"] if speed_only else None
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"), "cpu": cpu_name(), "threads": threads, "os": platform.platform(),
+        "commit": commit(),
         "versions": {"minirt": __version__} | {name: version(name) for name in ("numpy", "numba")},
         "read_bandwidth_gb_per_s": read_bandwidth(threads) / 1e9, "model": Path(model).name, "depth": depth,
         "speed": speed(model, threads, depth, steps=6, rounds=8), "quality_model": Path(exact).name,

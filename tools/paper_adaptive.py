@@ -6,27 +6,79 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import numpy as np
 from paper_results import Quality, Row
 from paper_tables import table
 
 MORE = 1.02  # bytes of a fixed k over those of an adaptive one, at most, to be called equal
 
-Point = tuple[float, float]  # bytes, divergence
+_SPARQ = re.compile(r"sparq:r=(\d+):k=(auto|\d+)(?::eps=[\d.]+)?")
 
-_SPARQ = re.compile(r"sparq(:r=\d+)?:k=(auto|\d+)(?::eps=[\d.]+)?")
+
+class Beside(NamedTuple):
+    """An adaptive point, and the fixed ones that read as many bytes, or a few more: of the same r, and the best of
+    any."""
+
+    r: str
+    auto: str  # policies
+    same: str
+    best: str
 
 
 def adaptive(measured: Mapping[str, Row]) -> str:
-    """Rows for each head by their weight, beside as many for all: sorted by the bytes."""
+    """Each adaptive point and what was measured at as many bytes."""
     lines = [
         [
-            f"`{policy}`", f"{row['kv_bytes_read'] / 2**20:.2f}", f"{row['kld']:.4f} ± {row['kld_error']:.4f}",
-            f"{100 * row['same_top']:.1f} %",
+            f"`{pair.auto}`", f"{measured[pair.auto]['kv_bytes_read'] / 2**20:.2f}", _kld(measured[pair.auto]),
+            *(f"{_kld(measured[other])} (`{other}`)" for other in (pair.same, pair.best)),
+            f"{less_than_best(measured, pair):+.0f} %",
         ]
-        for policy, row in sorted(measured.items(), key=lambda item: item[1]["kv_bytes_read"])
+        for pair in pairs(measured)
     ]  # fmt: skip
-    return table("policy | MiB read for a token | KL divergence | same token", lines)
+    return table("adaptive | MiB for a token | KL divergence | fixed, same r | best fixed | adaptive over best", lines)
+
+
+def others(measured: Mapping[str, Row]) -> str:
+    """Those that are no `sparq`."""
+    lines = [
+        [f"`{policy}`", f"{row['kv_bytes_read'] / 2**20:.2f}", _kld(row), f"{100 * row['same_top']:.1f} %"]
+        for policy, row in measured.items()
+        if not policy.startswith("sparq")
+    ]
+    return table("rule | MiB for a token | KL divergence | same token", lines)
+
+
+def pairs(measured: Mapping[str, Row]) -> list[Beside]:
+    """By the bytes."""
+    found = []
+    for auto, row in sorted(measured.items(), key=lambda item: item[1]["kv_bytes_read"]):
+        match = _SPARQ.fullmatch(auto)
+        if match is None or match[2] != "auto":
+            continue
+        as_much = [other for other in measured if _is_fixed(other) and _as_much(measured[other], row)]
+        same = [other for other in as_much if other.startswith(f"sparq:r={match[1]}:")]
+        if same:
+            found.append(Beside(match[1], auto, _least(measured, same), _least(measured, as_much)))
+    return found
+
+
+def less_than_best(measured: Mapping[str, Row], pair: Beside) -> float:
+    """By how many percent an adaptive point's divergence differs from that of the best fixed one."""
+    return float(100 * (measured[pair.auto]["kld"] / measured[pair.best]["kld"] - 1))
+
+
+def lower(measured: Mapping[str, Row], of: list[Beside], kind: str) -> int:
+    """How many adaptive points have less divergence than those beside them. kind: a field of Beside."""
+    return sum(measured[pair.auto]["kld"] < measured[getattr(pair, kind)]["kld"] for pair in of)
+
+
+def by_r(measured: Mapping[str, Row]) -> str:
+    """How many have, by their r."""
+    found = pairs(measured)
+    lines = []
+    for r in sorted({pair.r for pair in found}, key=int):
+        own = [pair for pair in found if pair.r == r]
+        lines.append([r, *(f"{lower(measured, own, kind)} of {len(own)}" for kind in ("same", "best"))])
+    return table("r of heads of 64 | below a fixed k of the same r | below the best fixed one", lines)
 
 
 def beside_fixed(quality: Quality) -> str:
@@ -50,52 +102,18 @@ def _point(p: Row) -> list[str]:
     return [f"`{p['policy']}`", f"{100 * p['read']:.1f} %", f"{p['kld']:.4f}"]
 
 
-class Beside(NamedTuple):
-    """Adaptive points that have less divergence than a fixed k with as many bytes, and how many there are."""
-
-    same_r: int  # than one of the same r
-    best_r: int  # than one of whatever r is best
-    total: int
+def _kld(row: Row) -> str:
+    return f"{row['kld']:.4f} ± {row['kld_error']:.4f}"
 
 
-def lower_than_fixed(measured: Mapping[str, Row]) -> dict[str, Beside]:
-    """By r, and of all: points beside lines through those of a fixed k."""
-    auto, fixed = _points(measured, True), _points(measured, False)
-    best, found = _best(fixed), {}
-    for r, points in auto.items():
-        same, other = (sum(_over(p, line) < 1 for p in points) for line in (fixed[r], best))
-        found[r] = Beside(same, other, len(points))
-    return found | {"all": Beside(*np.sum(list(found.values()), axis=0).tolist())}
+def _is_fixed(policy: str) -> bool:
+    match = _SPARQ.fullmatch(policy)
+    return match is not None and match[2] != "auto"
 
 
-def less_than_best(measured: Mapping[str, Row], r: str) -> str:
-    """By how much adaptive points of that r have less divergence than a fixed k of the best one, with as many bytes."""
-    best = _best(_points(measured, False))
-    less = [100 * (1 - _over(p, best)) for p in _points(measured, True)[r]]
-    return f"{min(less):.0f} to {max(less):.0f} %"
+def _as_much(fixed: Row, auto: Row) -> bool:
+    return bool(1 <= fixed["kv_bytes_read"] / auto["kv_bytes_read"] <= MORE)
 
 
-def _points(measured: Mapping[str, Row], adaptive: bool) -> dict[str, list[Point]]:
-    """By r."""
-    found: dict[str, list[Point]] = {}
-    for policy, row in measured.items():
-        match = _SPARQ.fullmatch(policy)
-        if match and (match[2] == "auto") == adaptive:
-            found.setdefault(match[1] or "", []).append((row["kv_bytes_read"], row["kld"]))
-    return found
-
-
-def _best(fixed: Mapping[str, list[Point]]) -> list[Point]:
-    """Those that no other beats in both."""
-    every = [point for points in fixed.values() for point in points]
-    return [p for p in every if not any(_beats(q, p) for q in every)]
-
-
-def _beats(p: Point, q: Point) -> bool:
-    return p != q and p[0] <= q[0] and p[1] <= q[1]
-
-
-def _over(point: Point, line: list[Point]) -> float:
-    """A point's divergence over the line's at as many bytes."""
-    nbytes, divergence = np.array(sorted(line)).T
-    return point[1] / float(np.exp(np.interp(point[0], nbytes, np.log(divergence))))
+def _least(measured: Mapping[str, Row], policies: list[str]) -> str:
+    return min(policies, key=lambda policy: measured[policy]["kld"])

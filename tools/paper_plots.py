@@ -11,6 +11,10 @@ from paper_results import Row, Rows
 from paper_tables import ALONE, CODED, FIGURE_9_POLICY, MHA, MODEL, ONE_LAYOUT, SMALL, SPARSE, WHOLE
 
 SIZE = (6.4, 4.0)  # inches
+TICKS = (5, 10, 20, 30, 50, 100, 150)  # percent
+LEAST = 1e-4  # nats that are shown
+NAMED = 8  # points of a frontier whose names are shown
+MARKERS = {"f16": "o", "q8_0": "s", "q4_0": "v"}  # of KV types; others: a cross
 
 
 Frontier = Callable[[list[Row], str, str], list[Row]]
@@ -80,17 +84,30 @@ def _method(point: Row) -> str:
 
 
 def _pareto(points: list[Row], frontier: Frontier, path: Path) -> None:
+    from matplotlib import colormaps
+
     figure, panels = _new(2, 2)
+    colours = colormaps["tab20"]
     costs = ("kld", "KL divergence, nats", "log"), ("repetition", "characters repeated", "linear")
     for panel, (cost, name_of_cost, scale) in zip(panels, costs, strict=True):
         for axes, axis, label in zip(panel, ("read", "held"), ("read for a token", "held"), strict=True):
             for i, name in enumerate(dict.fromkeys(map(_method, points))):
-                own = [p for p in points if _method(p) == name and p["kld"] > 0]
-                axes.scatter([100 * p[axis] for p in own], [p[cost] for p in own], s=22, color=f"C{i}", label=name)
+                for kv in dict.fromkeys(p["kv"] for p in points):
+                    own = [p for p in points if (_method(p), p["kv"]) == (name, kv) and p["kld"] > 0]
+                    style = {"color": colours(i), "marker": MARKERS.get(kv, "x")}
+                    axes.scatter([100 * p[axis] for p in own], [p[cost] for p in own], s=22, **style)
+                axes.scatter([], [], s=22, color=colours(i), label=name)
             best = [p for p in frontier(points, axis, cost) if p["kld"] > 0]
             axes.plot([100 * p[axis] for p in best], [p[cost] for p in best], color="0.4", linewidth=0.9, zorder=0)
+            for p in best[:: 1 + len(best) // NAMED]:
+                axes.annotate(p["policy"], (100 * p[axis], p[cost]), (4, 4), textcoords="offset points", fontsize=6)
             axes.set(xscale="log", yscale=scale, ylabel=name_of_cost)
+            axes.set_ylim(bottom=LEAST if cost == "kld" else 0)
+            axes.set_xticks(TICKS, TICKS)
+            axes.minorticks_off()
             axes.set(xlabel=f"cache bytes {label}, % of dense float16")
             axes.grid(alpha=0.3)
-    panels[0][1].legend(fontsize=8)
+    for kv, marker in (*MARKERS.items(), ("others", "x")):
+        panels[0][1].scatter([], [], s=22, color="0.4", marker=marker, label=f"--kv {kv}")
+    panels[0][1].legend(fontsize=8, ncols=2)
     figure.savefig(path, dpi=110)

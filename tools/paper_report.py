@@ -24,10 +24,11 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import paper_adaptive  # noqa: E402
 import paper_plots  # noqa: E402
 import paper_tables as tables  # noqa: E402
+import readme_tables  # noqa: E402
 from paper_numbers import FIGURE_9, FIGURE_10  # noqa: E402
 from paper_results import RESULTS, Quality, Rows, repeated  # noqa: E402
 from paper_tables import FIGURE_9_POLICY, FIGURE_10_POLICY, GQA_MODEL, MODEL, SPARSE  # noqa: E402
-from paper_targets import ADAPTIVE_R, targets  # noqa: E402
+from paper_targets import targets  # noqa: E402
 
 from minirt.attention_speed import method_of  # noqa: E402
 from minirt.auto import FRONTIER  # noqa: E402
@@ -36,24 +37,6 @@ from minirt.policies import parse_policy  # noqa: E402
 TEXT = Path(__file__).with_suffix(".md")
 SPEED, BEFORE = RESULTS / "bandwidth_cpu.jsonl", RESULTS / "bandwidth_xeon.jsonl"
 README = Path(__file__).parents[1] / "README.md"
-
-
-def advice(quality: Quality) -> str:
-    """The README's: what to take, by what is short."""
-    lines = []
-    for what, axis in (("to read", "read"), ("to hold", "held")):
-        for most in (0.55, 0.3, 0.15, 0.1):
-            fitting = [p for p in quality.points if p[axis] <= most]
-            if fitting:
-                p = min(fitting, key=lambda p: p["kld"])
-                flags = f"--policy {p['policy']}" + (f" --kv {p['kv']}" if p["kv"] != "f16" else "")
-                lines.append([
-                    f"{100 * most:.0f} % {what}", f"`{flags}`", f"{100 * p['read']:.0f} % / {100 * p['held']:.0f} %",
-                    f"{p['kld']:.3f}", f"{100 * p['same_top']:.0f} %", repeated(p),
-                ])  # fmt: skip
-    lines.insert(0, ["all", "`--policy dense`", "100 % / 100 %", "0", "100 %", repeated(quality.dense)])
-    head = "bytes of the cache, of dense's | take | reads / holds | KL divergence | same token | characters repeated"
-    return tables.table(head, lines)
 
 
 def frontier(rows: Rows, quality: Quality) -> str:
@@ -71,7 +54,7 @@ def frontier(rows: Rows, quality: Quality) -> str:
         key=lambda r: r["depth"],
     )
     weights = round(short["percent_of_memory"] / 100, 3)
-    names = ("policy", "kv", "read", "kld", "same_top", "repetition", "repetition_error")
+    names = ("policy", "kv", "read", "kld", "kld_error", "same_top", "repetition", "repetition_error")
     points = [{name: point[name] for name in names} for point in quality.points]
     data = {
         "model": quality.data["model"].removesuffix(".gguf"), "text": quality.data["text"], "head_dim": 64,
@@ -125,7 +108,8 @@ def report(rows: Rows, before: Rows, quality: Quality) -> str:
         palu_depth=palu["depth"],
         palu_work=f"{palu['multiply_adds_per_layer'] / 1e9:.1f}",
         adaptive=paper_adaptive.adaptive(adaptive["policies"]),
-        less=paper_adaptive.less_than_best(adaptive["policies"], ADAPTIVE_R),
+        adaptive_by_r=paper_adaptive.by_r(adaptive["policies"]),
+        adaptive_others=paper_adaptive.others(adaptive["policies"]),
         adaptive_text=f"{adaptive['chunks']} windows of {adaptive['n_ctx']} tokens of {adaptive['text']}",
         beside_fixed=paper_adaptive.beside_fixed(quality),
         by_read=tables.prices(tables.frontier(quality.every, "read")),
@@ -147,8 +131,9 @@ def fill_in(text: str, name: str, content: str) -> str:
 
 def readme(rows: Rows, quality: Quality, text: str) -> str:
     """README.md with its tables renewed."""
-    text = fill_in(text, "speed", tables.models(rows, quality, MODEL, FIGURE_9_POLICY, FIGURE_9, short=True))
-    return fill_in(text, "advice", advice(quality))
+    for name, table in readme_tables.tables(rows, quality).items():
+        text = fill_in(text, name, table())
+    return text
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ HEAD_DIM = 128  # of the shapes whose speed is measured
 SMALL_HEAD_DIM = 64  # of SmolLM2, whose quality is
 RANDOM = "random"  # a cache of random numbers
 NEAR = math.log2(1.1)  # shares that differ by less are the same
+FAR = math.log2(2)  # of those that differ by more one says nothing of the other
 
 Row = dict[str, Any]
 Cell = dict[str, Row]  # of each policy that was timed in turn with the others
@@ -80,7 +81,8 @@ class Quality:
         self.dense = next(p for p in self.points if (p["policy"], p["kv"]) == ("dense", "f16"))
 
     def nearest(self, policy: str, depth: int, head_dim: int, kv: str = "f16") -> tuple[Row, tuple[str, ...]] | None:
-        """The point of nearest shares of the head and the context, and those of its shares that are others."""
+        """The point of nearest shares of the head and the context, and those of its shares that are others; None if
+        none is near."""
         words, wanted = shares(policy, depth, head_dim)
         best, found = math.inf, None
         for point in self.points:
@@ -88,16 +90,16 @@ class Quality:
             if (own_words, own.keys(), point["kv"]) != (words, wanted.keys(), kv):
                 continue
             far = {name: abs(math.log2(own[name] / wanted[name])) for name in own}
-            if sum(far.values()) < best:
+            if sum(far.values()) < best and max(far.values(), default=0) <= FAR:
                 best = sum(far.values())
                 found = point, tuple(share(name, own[name]) for name in own if far[name] > NEAR)
         return found
 
     def of(self, policy: str, depth: int, head_dim: int, kv: str = "f16") -> str:
-        """Divergence, same most likely token, characters repeated, and at what shares if at others; or a dash."""
+        """Divergence, same most likely token, characters repeated, and at what shares if at others."""
         found = self.nearest(policy, depth, head_dim, kv)
         if found is None:
-            return "-"
+            return "not measured"
         p, others = found
         return f"{prices_of(p)} ({', '.join(others)})" if others else prices_of(p)
 

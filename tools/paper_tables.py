@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -61,18 +62,16 @@ def over_limit(row: Row) -> float:
 def attention(rows: Rows, quality: Quality) -> str:
     sparse, lines = (SMALL, ONE_SMALL, SPARSE, ONE_LAYOUT, CODED), []
     for depth, cell in rows.by_depth(("dense", *sparse), **ALONE, model=MHA, batch=1).items():
-        theirs = SPARQ_CPU.get(depth)
-        lines.append([
-            str(depth), ms(cell["dense"]["ms"]), f"{cell['dense']['percent_of_memory']:.0f} %",
-            *(gain(cell[policy]) for policy in sparse), "-" if theirs is None else over_dense(*theirs),
-        ])  # fmt: skip
-    head = (
-        "S | dense ms | of memory | r=16 k=64 | ... one layout of K | r=32 k=128 | ... one layout | ... 4-bit index | "
-        "authors: r=16 k=64 / ... one layout / r=32 k=128"
-    )
-    price = (quality.of(policy, quality.n_ctx, HEAD_DIM) for policy in sparse)
-    lines.append([f"quality at {quality.n_ctx}", "", "", *price, ""])
-    return table(head, lines)
+        dense, *others = SPARQ_CPU.get(depth, (math.nan,))
+        theirs = {policy: times(dense / ms) for policy, ms in zip((SMALL, ONE_SMALL, SPARSE), others, strict=False)}
+        lines += [
+            [
+                str(depth), f"`{policy}`", ms(row["ms"]), f"{row['percent_of_memory']:.0f} %", gain(row),
+                theirs.get(policy, "-"), quality.of(policy, depth, HEAD_DIM),
+            ]
+            for policy, row in ((policy, cell[policy]) for policy in ("dense", *sparse))
+        ]  # fmt: skip
+    return table("S | policy | ms | of memory | speed-up of the ratio of bytes | authors | quality", lines)
 
 
 def over_dense(dense: float, *others: float) -> str:
@@ -148,6 +147,7 @@ def models(rows: Rows, quality: Quality, model: str, policy: str, paper: dict[in
             "32 layers: ms": f"{ms(dense['full_ms'])} / {ms(row['full_ms'])}",
             "32 layers: speed-up of theory": of_most(row["full_speed_up"], row["full_theory"]),
             "paper": times(theirs[0] / theirs[1] if isinstance(theirs, tuple) else theirs),
+            "quality": quality.of(policy, depth, HEAD_DIM),
         }  # fmt: skip
         if short:
             del columns["32 layers: ms"]
