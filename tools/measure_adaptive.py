@@ -42,10 +42,10 @@ from minirt.policies.sparq import MOST, SparQ
 POLICIES = (
     *(f"sparq:r={r}:k={k}" for r in (16, 32) for k in (128, 64, 256, 32)),
     *(f"sparq:r={r}:k={k}" for r in (8, 12) for k in (128, 64, 256, 512)),
-    *(f"sparq:r={r}:k=auto:eps={eps}" for r in (12, 16, 32, 8) for eps in (0.75, 1.0, 0.5, 1.5)),
+    *(f"sparq:r={r}:k=auto:eps={eps}" for r in (12, 16, 32, 8, 10) for eps in (0.75, 1.0, 0.5, 1.5)),
     *(f"share:eps={eps}" for eps in (0.1, 0.05, 0.2)),
 )
-BESIDE_R, LEAST_K = (8, 10, 12, 16, 20, 24, 32), 16  # of a fixed k that reads as much as an adaptive one
+BESIDE_R, LEAST_K = (6, 8, 10, 12, 16, 20, 24, 32), 16  # of a fixed k that reads as much as an adaptive one
 
 
 @dataclass(frozen=True)
