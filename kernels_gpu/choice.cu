@@ -5,22 +5,18 @@
 
 constexpr int CHOOSERS = 1024;  // threads of a block
 
-// What blocks count together of a KV head; 0 before and after a choice.
-struct Counted {
-    int ranks[DIGITS], listed, done;
-};
-
 // Blocks that have a share of the first n tokens.
 DEVICE int parts_of(const Choice& c, int n) {
     return wanted(c, n) > 0 ? min(int(gridDim.x), runs_of(n - c.local)) : 1;
 }
 
 // Of sequence b the first stop[b] tokens.
-KERNEL __launch_bounds__(CHOOSERS, 1) rank_tokens(const int* stop, Counted* counted, CHOICE) {
+KERNEL __launch_bounds__(CHOOSERS, 1) rank_tokens(const int* stop, CHOICE) {
     __shared__ Chooser s;
     const Choice c = CHOSEN;
     const int n = stop[blockIdx.z], few = n - c.local, parts = parts_of(c, n);
     if (int(blockIdx.x) >= parts) return;
+    Found& own = *c.found;
     find_softmax(c, n, s);
     if (wanted(c, n) > 0) {
         find_top(c, few, s);
@@ -28,31 +24,28 @@ KERNEL __launch_bounds__(CHOOSERS, 1) rank_tokens(const int* stop, Counted* coun
         count_ranks(c, few, share_of(few, blockIdx.x, parts), s);
         __syncthreads();
         for (int i = threadIdx.x; i < DIGITS; i += CHOOSERS)
-            if (s.tally.count[i]) atomicAdd(&counted[kv_head_id()].ranks[i], s.tally.count[i]);
-        if (blockIdx.x == 0 && threadIdx.x == 0) c.found->top = s.top, c.found->base = s.base;
+            if (s.tally.count[i]) atomicAdd(&own.count[i], s.tally.count[i]);
+        if (blockIdx.x == 0 && threadIdx.x == 0) own.top = s.top, own.base = s.base;
     }
     if (blockIdx.x > 0) return;
-    for (int g = threadIdx.x; g < GROUP; g += CHOOSERS) c.found->high[g] = s.high[g], c.found->scale[g] = s.scale[g];
+    for (int g = threadIdx.x; g < GROUP; g += CHOOSERS) own.high[g] = s.high[g], own.scale[g] = s.scale[g];
 }
 
-KERNEL __launch_bounds__(CHOOSERS, 1) choose_ranked(const int* stop, Counted* counted, CHOICE) {
+KERNEL __launch_bounds__(CHOOSERS, 1) choose_ranked(const int* stop, CHOICE) {
     __shared__ Chooser s;
     const Choice c = CHOSEN;
     const int n = stop[blockIdx.z], m = wanted(c, n), parts = parts_of(c, n);
     if (int(blockIdx.x) >= parts) return;
-    Counted& own = counted[kv_head_id()];
-    for (int g = threadIdx.x; g < GROUP; g += CHOOSERS) s.high[g] = c.found->high[g], s.scale[g] = c.found->scale[g];
+    Found& own = *c.found;
+    for (int g = threadIdx.x; g < GROUP; g += CHOOSERS) s.high[g] = own.high[g], s.scale[g] = own.scale[g];
     Bound bound{};
     if (m > 0) {
-        if (threadIdx.x == 0) s.top = c.found->top, s.base = c.found->base;
-        for (int i = threadIdx.x; i < DIGITS; i += CHOOSERS) s.tally.count[i] = own.ranks[i];
+        if (threadIdx.x == 0) s.top = own.top, s.base = own.base;
+        for (int i = threadIdx.x; i < DIGITS; i += CHOOSERS) s.tally.count[i] = own.count[i];
         bound = bound_by_ranks(m, s);
         list_by_ranks(c, share_of(n - c.local, blockIdx.x, parts), bound.rank, &own.listed);
         if (!is_last(&own.done, parts)) return;
     }
     __syncthreads();
-    settle(c, n, own.listed, bound, s, c.found->seen);
-    __syncthreads();
-    for (int i = threadIdx.x; i < DIGITS; i += CHOOSERS) own.ranks[i] = 0;
-    if (threadIdx.x == 0) own.listed = 0;
+    settle(c, n, own.listed, bound, s, own.seen);
 }

@@ -40,6 +40,7 @@ DEVICE int runs_of(int n) { return INTERLEAVED ? (n + 127) / 128 * (128 / RUN) :
 struct Found {
     float high[GROUP], scale[GROUP], seen;  // see Chooser, and choose_components
     u32 top, base;
+    int listed, done, count[DIGITS];        // ranks, counted by all blocks
 };
 
 // What is known and wanted of a KV head of a sequence.
@@ -439,7 +440,9 @@ DEVICE void settle(const Choice& c, int n, int n_listed, const Bound& bound, Cho
 // All threads of a block call. seen: see choose_components, wanted if there are counts.
 DEVICE void choose(const Choice& c, int n, int blocks, int* done, Chooser& s, float seen = 1.0f) {
     if (c.found) {
-        if (blockIdx.x == 0 && threadIdx.x == 0) c.found->seen = seen;
+        if (blockIdx.x > 0) return;
+        for (int i = threadIdx.x; i < DIGITS; i += blockDim.x) c.found->count[i] = 0;
+        if (threadIdx.x == 0) c.found->seen = seen, c.found->listed = c.found->done = 0;
         return;
     }
     if (!is_last(done, blocks)) return;

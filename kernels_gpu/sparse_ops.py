@@ -132,7 +132,7 @@ class SparseOps(BaseOps):
         rows = self._buffer("rows", (n_seq, n_head_kv, k), np.int32)
         weights = self._buffer("weights of rows", (n_seq, n_head, k))
         choosers = self._choosers(heads, group, positions, k - local)
-        found = self._buffer("found of heads", (heads, 2 * group + 3)) if choosers else None
+        found = self._buffer("found of heads", (heads, 2 * group + 5 + DIGITS)) if choosers else None
         how = (
             logits, runs, sums, ranks, listed, marks, found, rows, weights, counts, positions, k, local, float(least)
         )  # fmt: skip
@@ -145,9 +145,9 @@ class SparseOps(BaseOps):
         )  # fmt: skip
         if choosers:
             of = {"GROUP": group, "INTERLEAVED": int(file == "coded_search.cu")}
-            grid, counted = (choosers, n_head_kv, n_seq), self._counters(heads * (DIGITS + 2))
-            self._launch("choice.cu", "rank_tokens", grid, CHOOSERS, where, counted, *how, **of)
-            self._launch("choice.cu", "choose_ranked", grid, CHOOSERS, where, counted, *how, shared=shared, **of)
+            grid = choosers, n_head_kv, n_seq
+            self._launch("choice.cu", "rank_tokens", grid, CHOOSERS, where, *how, **of)
+            self._launch("choice.cu", "choose_ranked", grid, CHOOSERS, where, *how, shared=shared, **of)
         return rows, weights
 
     def _choosers(self, heads: int, group: int, positions: int, m: int) -> int:
