@@ -6,7 +6,7 @@
 // the m-th largest of the former bounds the choice from below, so that only runs whose latter reaches it are read token
 // by token. Where many are, most runs would be: there all tokens are ranked, and how many have which rank, to a part in
 // a hundred, is counted. What reaches the bound is listed, and the m best of the list are exactly those of all. What is
-// noted does not depend on which block a token was scored by, so results do not depend on how many there are.
+// noted does not depend on which block a token was scored by, so results do not depend on how many score.
 //
 // Macros: GROUP (query heads of a KV head), INTERLEAVED (how positions of logits go with tokens). The grid is
 // (parts, H_kv, B), of THREADS threads where tokens are scored. Blocks that choose have dynamic shared memory of a bit
@@ -16,7 +16,7 @@
 
 constexpr int WARPS = 8, THREADS = WARPS * WARP;
 constexpr int RUN = 16;
-constexpr int FEW = 4;                           // runs, or more, for each token that is wanted: they bound the choice
+constexpr int FEW = GROUP > 1 ? 4 : 2;           // runs, or more, for each token that is wanted: they bound the choice
 constexpr int STEP = 17;                         // bits that are left out of counted ranks: DIGITS are 32 octaves
 constexpr int LOOK = 4;                          // bounds on their way to a thread
 constexpr int OPEN = LOOK * THREADS;             // runs that are read after one look at the bounds

@@ -8,7 +8,7 @@ constexpr int CHUNKS = (HEAD_DIM + 7) / 8, PADDED = 8 * CHUNKS;  // of eight num
 constexpr int LANES = power_from(CHUNKS);                        // that read a row
 constexpr int READERS = THREADS / LANES;                         // rows that are read side by side
 constexpr int ASKED = K_STORE == F32 || GROUP == 7 ? 2 : 4;      // rows on their way to a lane, for which it has registers
-constexpr int SEEN = GROUP < 4 ? GROUP : 4;                      // heads that see a row when it is read
+constexpr int SETS = (GROUP + 3) / 4, SEEN = (GROUP + SETS - 1) / SETS;  // heads that see a row when it is read
 
 // Queries [GROUP, HEAD_DIM] in shared memory as stored keys want them. All threads of a block call; ends with a barrier.
 DEVICE void rotate_queries(float* q) {

@@ -10,9 +10,9 @@ constexpr int SCORED = WARP / SPLIT * 8;         // tokens of a warp
 constexpr int TILE = WARPS * SCORED;             // of a block; divides the tokens of a block of the index
 constexpr int SETS = (GROUP + 7) / 8, HEADS = (GROUP + SETS - 1) / SETS;  // heads that see a number when it is read
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 750  // whose compiler keeps a few more registers for one head
-constexpr int BLOCKS = GROUP > 2 ? 2 : 3;  // of a multiprocessor, at least
+constexpr int BLOCKS = GROUP > 8 ? 1 : GROUP > 2 ? 2 : 3;  // of a multiprocessor, at least
 #else
-constexpr int BLOCKS = GROUP > 2 ? 2 : 4;
+constexpr int BLOCKS = GROUP > 8 ? 1 : GROUP > 2 ? 2 : 4;
 #endif
 constexpr int TOGETHER = 8 / ((STORE == F32 ? 2 : 1) * (HEADS > 4 ? 2 : 1));  // components on their way to a lane
 

@@ -28,8 +28,8 @@ RUN = 16  # tokens of which the maximum is noted
 INDEX_TILE, UNITS = 512, 8  # tokens, and units of a coded index, that a block scores at a time
 HEADS_ADDED = 4  # of a block of added.cu
 BLOCKS = 16  # of a multiprocessor that a launch asks for
-LONG = 1 << 15  # logits of a KV head for which launches that choose take less time than one block would
-CHOOSERS, DIGITS, FEW = 1024, 2048, 4  # threads of their blocks; parts that counted ranks have; see choice.cuh
+LONG = 1 << 16  # logits of a KV head for which launches that choose take less time than one block would
+CHOOSERS, DIGITS = 1024, 2048  # threads of their blocks, and parts that counted ranks have
 CHOOSER = 32 << 10  # bytes of shared memory that blocks have beside a bit for each token
 _NUMBERS = {np.dtype(np.float32): "F32", np.dtype(np.float16): "F16"}
 
@@ -153,7 +153,8 @@ class SparseOps(BaseOps):
     def _choosers(self, heads: int, group: int, positions: int, m: int) -> int:
         """Blocks that choose the m best for a KV head, in launches of their own; 0: the last one that scores does it.
         That looks at all logits where many are wanted, and at what is noted of runs, twice, where few are."""
-        looked = positions * group // (1 if FEW * m > positions // RUN else RUN // 2)
+        few = (4 if group > 1 else 2) * m <= positions // RUN  # see choice.cuh
+        looked = positions * group // (RUN // 2 if few else 1)
         several = min(self.device.multiprocessors // heads, -(-positions // (4 * CHOOSERS)))
         return several if looked >= LONG and several > 1 else 0
 

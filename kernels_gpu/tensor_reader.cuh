@@ -15,7 +15,8 @@ constexpr int SETS = power_from((GROUP + 7) / 8), HEADS = (GROUP + SETS - 1) / S
 constexpr int BLOCK_SETS = SETS < WARPS ? SETS : WARPS, BLOCK_HEADS = BLOCK_SETS * HEADS;
 constexpr bool SMALL = K_STORE == Q4_0 && V_STORE == Q4_0;
 constexpr int TILES = D > 64 ? 1 : SMALL ? 4 : 2;  // of 16 rows, on their way to a warp
-constexpr int BLOCKS = !SMALL ? 3 : D > 64 ? 4 : 2;  // of a multiprocessor, at least
+constexpr int FITTING = 4 < HEADS && HEADS < 8 ? 2 : 3;  // that take more registers than 4 or 8 heads
+constexpr int BLOCKS = !SMALL ? FITTING : D > 64 ? 4 : 2;  // of a multiprocessor, at least
 constexpr int READ = WARPS / BLOCK_SETS * 16 * TILES;
 constexpr int K_PARTS = (D + 31) / 32, V_PARTS = (D + 63) / 64;  // of a row, to which each lane of it has 8 numbers
 constexpr float LIFT = 10.0f;  // weights reach to 2^10: small ones are farther from where halves end

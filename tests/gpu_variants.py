@@ -39,6 +39,7 @@ ALL_STORES = ("dense", "lm-infinite:budget=256")  # on these shapes; the other p
 LATENTS = {"7b": "latent-f16", "8b": "latent-q4"}
 EIGHT = (64, 8, 128)  # of a larger one, whose groups of eight query heads take the most registers
 OF_EIGHT = {"h2o:budget=256": "f32", "lm-infinite:budget=256": "f32", "sparq:k=64": "f32", "dense": "q8_0"}
+GROUPS = (5, 6, 7, 12)  # of Qwen2, Mistral Large
 EVICTING = {"7b": "f32", "8b": "f16", "smollm2": "q8_0"}  # keys and values of shapes that H2O and D2O run on
 LONG_CONTEXT = 1 << 18  # where several blocks of a card choose for a KV head
 Variant = tuple[str, tuple[tuple[str, Any], ...]]  # a file and its constants
@@ -165,6 +166,10 @@ def variants_of(arch: int) -> dict[Variant, set[str]]:
     w = weights(ops, c, "Q8_0")
     for spec, kv in OF_EIGHT.items():
         run(ops, c, w, spec, kv)
+    for group in GROUPS:
+        c = config(2 * group, 2, 128)
+        run(ops, c, w := weights(ops, c, "Q8_0"), "dense", "f16")
+        run(ops, c, w, "sparq:k=64", "f16", n_ctx=LONG_CONTEXT)
     c = config(4, 4, 64)
     for kind in TYPES:
         for batch in (1, 2, 4, 8, 16, 32, 64) if kind in ("Q4_0", "Q8_0", "Q6_K", "F16") else (1, 4, 64):

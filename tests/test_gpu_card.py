@@ -42,6 +42,12 @@ def test_coded_index(ops: Any, store: str, heads: tuple[int, int, int], monkeypa
         sparse.test_codes(ops, store, *heads, tokens, monkeypatch)
 
 
+def test_several_blocks_choose(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    sparse.test_several_blocks_choose(ops, monkeypatch)
+    sparse.test_more_blocks_than_have_a_share(ops, (700, 0, 20, 131, 46), 20, 2, monkeypatch)
+    sparse.test_several_blocks_choose_by_codes(ops, monkeypatch)
+
+
 @pytest.mark.parametrize("name", latents.NAMES)
 def test_latents(ops: Any, name: str) -> None:
     latents.test_rows_are_the_same(ops, name, 96)

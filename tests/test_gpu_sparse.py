@@ -196,9 +196,13 @@ def test_heavy_rows_by_codes(ops: Any) -> None:
     test_coded_index.test_heavy_rows(ops)
 
 
+def choosers(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    monkeypatch.setattr(sparse_ops.SparseOps, "_choosers", lambda *_: n)
+
+
 def test_several_blocks_choose(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one would."""
-    monkeypatch.setattr(sparse_ops.SparseOps, "_choosers", lambda *_: 3)
+    choosers(monkeypatch, 3)
     test_the_best_of_all_kinds(ops, "infinite")
     test_the_best(ops, *CASES[0])
     test_the_best(ops, *CASES[-1])
@@ -212,11 +216,62 @@ def test_several_blocks_choose(ops: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     test_the_best_of_all_kinds(ops, "random")
 
 
+@pytest.mark.parametrize(("lengths", "k", "local"), [((700, 0, 20, 131, 46), 20, 2), ((43, 30, 31, 32, 33), 17, 0)])
+def test_more_blocks_than_have_a_share(
+    ops: Any, lengths: tuple[int, ...], k: int, local: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of sequences of any length; the same rows as one."""
+    keys, q, stop, found = normal(5, 2, 700, 64).astype(np.float16), normal(5, 4, 64), int32(*lengths), []
+    index = index_of(ops, keys)
+    for n in (0, 2, 16):
+        choosers(monkeypatch, n)
+        found.append([a.copy() for a in ops.approximate_top_k(q, index, stop, 9, k, local, False)])
+    for rows, weights in found[1:]:
+        for b, n in enumerate(lengths):
+            assert np.array_equal(rows[b][:, : min(k, n)], found[0][0][b][:, : min(k, n)])
+            assert_close(weights[b][:, : min(k, n)], found[0][1][b][:, : min(k, n)], 1e-5)
+
+
+@pytest.mark.parametrize("lengths", [range(640, 648), range(648, 656)])
+def test_every_end_of_a_run(ops: Any, lengths: range) -> None:
+    """Of which a part is no token's."""
+    keys = normal(8, 1, 656, 32).astype(np.float16)
+    for local in (0, 3):
+        assert_same_choice(
+            ops, normal(8, 2, 32), index_of(ops, keys), index_of(TRUTH, keys), int32(*lengths), 9, 7 + local, local
+        )
+
+
+def test_several_blocks_choose_by_codes(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    choosers(monkeypatch, 3)
+    monkeypatch.setattr(test_coded_index, "BORDERS", (1, 257, 529))
+    test_coded_index.test_probabilities_and_the_best(ops, "f16", 2, 1, 64, 1024)
+
+
+def test_what_was_cut_short_leaves_nothing(ops: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the launches of a choice."""
+    choosers(monkeypatch, 3)
+    q, keys, launch = normal(1, 2, 64), normal(1, 1, 900, 64).astype(np.float16), ops.ops._launch
+    for cut in ("rank_tokens", "choose_ranked"):
+
+        def until_then(file: str, name: str, *args: Any, cut: str = cut, **named: Any) -> None:
+            if name == cut:
+                raise KeyboardInterrupt
+            launch(file, name, *args, **named)
+
+        with monkeypatch.context() as m:
+            m.setattr(ops.ops, "_launch", until_then)
+            with pytest.raises(KeyboardInterrupt):
+                ops.approximate_top_k(q, index_of(ops, keys), int32(900), 9, 100, 2, False)
+        test_sparse_ops.test_zero_queries(ops)
+        assert_same_choice(ops, q, index_of(ops, keys), index_of(TRUTH, keys), int32(900), 9, 100, 2)
+
+
 def test_they_do_where_one_would_be_long_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
     ops = sparse_ops.SparseOps(NotingDevice(90))
     for expected, heads, group, slots, k in (
-        (4, 32, 1, 32768, 2048), (0, 32, 1, 32768, 128), (0, 32, 1, 16384, 1024), (0, 128, 1, 32768, 2048),
-        (16, 8, 4, 131072, 128), (2, 8, 4, 8192, 512), (0, 8, 4, 32768, 128),
+        (4, 32, 1, 65536, 2049), (0, 32, 1, 65536, 2048), (0, 32, 1, 32768, 4096), (0, 128, 1, 65536, 4096),
+        (16, 8, 4, 131072, 128), (4, 8, 4, 16384, 1024), (0, 8, 4, 16384, 256), (4, 32, 1, 1 << 20, 128),
     ):  # fmt: skip
         assert ops._choosers(heads, group, slots, k) == expected
 

@@ -178,6 +178,16 @@ def test_misses_of_targets_are_said(tmp_path: Path) -> None:
     assert "of the best r for these bytes | all points | 1 of 2 | **no** | - |" in text
 
 
+def test_what_is_said_of_adaptive_k() -> None:
+    """In the README and the report."""
+    measured = tables.load("adaptive_k.json")["policies"]
+    for pair in paper_adaptive.pairs(measured):
+        if int(pair.r) >= 10:
+            assert measured[pair.auto]["kld"] < measured[pair.same]["kld"], pair
+        if pair.r in ("10", "12") and float(pair.auto.rpartition("=")[2]) <= 0.75:
+            assert measured[pair.auto]["kld"] < measured[pair.best]["kld"], pair
+
+
 def test_marks_in_a_text() -> None:
     text = "a\n<!-- x: made by tools/paper_report.py -->\nold\n<!-- end of x -->\nb\n"
     new = paper_report.fill_in(text, "x", "new")
